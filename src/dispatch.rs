@@ -1,0 +1,69 @@
+//! Which kernel runs, with which chunk length: a pure, printable function of the problem and the
+//! machine's capabilities. It touches no device and no memory.
+
+use std::fmt;
+
+use crate::problem::{Device, Op, Problem};
+
+/// What the machine can do, as far as plans depend on it. Plans may change the time and the
+/// workspace with it, never the result's bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Worker threads of the CPU backend.
+    pub threads: usize,
+}
+
+/// The code that runs a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// SIMD and threads on host memory.
+    Cpu,
+}
+
+/// A decision, ready to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    /// The operation.
+    pub op: Op,
+    /// The code that runs it.
+    pub engine: Engine,
+    /// L: tokens per chunk (S, at least 1, in the parallel form).
+    pub chunk_size: i64,
+    /// NC: an upper bound of the chunks of one head over all sequences of a row.
+    pub num_chunks: i64,
+    /// Heads (rows x NH) whose chunk states are in the workspace at the same time.
+    pub wave: i64,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            out,
+            "{} on {:?}: L {}, NC {}, {} heads at a time",
+            self.op, self.engine, self.chunk_size, self.num_chunks, self.wave
+        )
+    }
+}
+
+/// Chunk length when the caller names none.
+const DEFAULT_CHUNK: i64 = 64;
+
+/// Chooses how to run `op`.
+pub fn plan(op: Op, problem: &Problem, capabilities: Capabilities) -> Option<Plan> {
+    let engine = match problem.device {
+        Device::Cpu => Engine::Cpu,
+        Device::Cuda => return None,
+    };
+    let tokens = problem.s.max(1);
+    let chunk_size = match op {
+        Op::ChunkwiseFw | Op::ChunkwiseBw => {
+            problem.chunk_size.unwrap_or(DEFAULT_CHUNK).min(tokens)
+        }
+        Op::ParallelFw | Op::ParallelBw | Op::Step => tokens,
+    };
+    // Packed sequences each end in a chunk of their own.
+    let num_chunks = (tokens + chunk_size - 1) / chunk_size + problem.num_seqs.unwrap_or(0);
+    let heads = (problem.state_rows() * problem.nh).max(1);
+    let wave = heads.min(capabilities.threads.max(1) as i64);
+    Some(Plan { op, engine, chunk_size, num_chunks, wave })
+}
