@@ -28,6 +28,8 @@
 pub mod api;
 mod capi;
 mod cpu;
+#[doc(hidden)]
+pub use cpu::reference;
 pub mod dispatch;
 pub mod error;
 pub mod ops;
