@@ -1,0 +1,194 @@
+// What the host passes to the chunkwise kernels, and the exact meaning of every buffer.
+// src/cuda/params.rs mirrors these structs field by field (repr(C)); keep both in step.
+//
+// Notation: B batch, NH heads, S tokens, DHQK, DHHV head dims, L chunk length, R state rows (B, or
+// the number of packed sequences). `Acc` is float, or double for float64 data.
+//
+// Chunks. A chunk is up to L consecutive tokens of one sequence; chunk c has index c in
+// [0, num_chunks) over all rows, in order. `chunk_at` gives its row of the states, batch row,
+// first token and length; with packed sequences num_chunks is an upper bound and surplus chunks
+// have length 0 (exit at once). A sequence has chunks [first_chunk(row), first_chunk(row + 1)),
+// none if it is empty.
+//
+// Indices (all in 64 bits):
+//   token vectors   [token_index(b, h, t)]   = (b * NH + h) * S + t
+//   chunk scalars   [chunk_index(c, h)]      = c * NH + h
+//   chunk states    [slot(c, row) * NH + h]  with slot = c + row, so that each sequence has one
+//                   slot more than chunks: slot c holds the state before chunk c, the slot after
+//                   the last chunk's holds the state after the sequence
+//
+// Token vectors, in the frame of each token's own stabiliser m, all exponents in log2 units:
+//   step_t   = (logf_t + m_{t-1} - m_t) * log2(e)  <= 0   decay of the state at token t
+//   source_t = (i_t - m_t) * log2(e)               <= 0   gain of k_t v_t^T
+//   (sigmoid gate: m = 0, step = logsigmoid(f), source = logsigmoid(i))
+//   Phi_x    = sum of step over the chunk's tokens up to and including x
+//   row[x]   = Phi_x                as {hi, lo}
+//   col[y]   = source_y - Phi_y     as {hi, lo}
+//   D_xy     = exp2((row[x].hi + col[y].hi) + (row[x].lo + col[y].lo)) for y <= x, else 0
+//              (mask by select: for y > x the exponent may overflow)
+//   w[x]     = exp2(Phi_x)                        weight of the state before the chunk in token x
+//   a[y]     = exp2(Phi_last - Phi_y + source_y)  weight of token y in the state after the chunk
+//   g        = exp2(Phi_last), per chunk          decay of the state over the chunk
+//   floor[t] = exp(-m_t) (exponential; inf for m = -inf), 1 (sigmoid)
+// Resets (f = -inf) and ignored tokens (i = -inf) have their exponent clamped to kNever, small
+// enough for an exact 0 and large enough for sums to stay finite. A factor w, g or a of exactly 0
+// must forget what it multiplies, NaN included: select, do not multiply.
+//
+// Forward:
+//   C_{c+1} = g C_c + sum_y a_y k_y v_y^T            n_{c+1} = g n_c + sum_y a_y k_y
+//   num_x   = s (w_x q_x C_c + sum_y D_xy (q_x.k_y) v_y)
+//   N_x     = s (w_x q_x.n_c + sum_y D_xy (q_x.k_y))
+//   h_x     = num_x * inv_x,  inv_x = 1 / (max(|N_x|, floor_x) + eps), 1 without a normaliser
+//             (floor = inf gives inv = 0 and h = 0)
+// Backward, with inv from the saved N, rho_x = dh_x.h_x:
+//   delta_x = -s [|N_x| > floor_x] sign(N_x) rho_x inv_x   (0 if detached or not normalised)
+//   dm_x    = -rho_x eps inv_x                             (0 if detached or sigmoid)
+//   G_xy    = D_xy (s inv_x (dh_x.v_y) + delta_x)
+//   dC_c    = g dC_{c+1} + sum_x w_x s inv_x q_x dh_x^T    dn_c = g dn_{c+1} + sum_x w_x delta_x q_x
+//   dq_x    = w_x (s inv_x C_c dh_x + delta_x n_c) + sum_y G_xy k_y
+//   dk_y    = a_y (dC_{c+1} v_y + dn_{c+1}) + sum_x G_xy q_x
+//   dv_y    = a_y dC_{c+1}^T k_y + sum_x D_xy s inv_x (q_x.k_y) dh_x
+//   E_c     = <dC_{c+1}, C_{c+1}> + <dn_{c+1}, n_{c+1}>
+#pragma once
+
+#include <cstdint>
+
+namespace mlstm {
+
+// exp2 of it is exactly 0 in float and in double; 2^20 of them still sum without loss of meaning.
+constexpr double kNever = -16384.0;
+
+// dtype numbers of the C ABI's data types as used on the device.
+enum DType : int32_t { kF32 = 0, kF64 = 1, kBf16 = 2, kF16 = 3 };
+
+enum Flags : int32_t {
+  kExponential = 1,  // exponential input gate with stabiliser m (else sigmoid)
+  kNormalize = 2,    // h is divided by the denominator
+  kDetach = 4,       // the gradient leaves out the denominator's part
+};
+
+// (B, NH, S, D) of the data's type with dense D; strides in elements. Gate-like tensors
+// (i, f, n, m: no D) and states use the same struct: b = state row, h = head, s = DHQK row of C.
+struct Tensor {
+  void* data;  // null if absent
+  int64_t stride_b;
+  int64_t stride_h;
+  int64_t stride_s;
+};
+
+struct Chunk {
+  int64_t start;  // first token, within batch row b
+  int32_t row;    // state row: packed sequence, or batch row
+  int32_t len;    // tokens; 0 = no such chunk
+};
+
+template <typename Acc>
+struct Pair {
+  Acc hi;
+  Acc lo;
+};
+
+// One struct for all kernels of a forward or a backward; members that a call lacks are null.
+struct Args {
+  // Sizes.
+  int64_t s;
+  int64_t num_chunks;  // upper bound, over all rows
+  int32_t b;
+  int32_t nh;
+  int32_t rows;  // R
+  int32_t dhqk;
+  int32_t dhhv;
+  int32_t chunk_len;       // L, a multiple of 64
+  int32_t chunks_per_row;  // ceil(S / L); unused with packed sequences
+  int32_t flags;
+  int32_t gate_dtype;   // of i, f, di, df
+  int32_t state_dtype;  // of c_initial, c_last, dc_last, dc_initial; n and m states are Acc
+  int32_t vector_ok;    // all (B, NH, S, D) tensors allow 16-byte accesses on every row start
+  int32_t qk_tiles;     // partials of q_dq and k_dk per token
+  int32_t e_tiles;      // partials of e per chunk and head
+  int32_t reserved;
+  double qk_scale;
+  double eps;
+
+  // Inputs. f64: Acc = double, otherwise float.
+  Tensor q, k, v, i, f;
+  Tensor c_initial, n_initial, m_initial;
+  // Outputs of the forward; n (= N) and m are inputs of the backward.
+  Tensor h, n, m;
+  Tensor c_last, n_last, m_last;
+  // Backward.
+  Tensor dh, dc_last, dn_last, dm_last;
+  Tensor dq, dk, dv, di, df;
+  Tensor dc_initial, dn_initial, dm_initial;
+  // Packed sequences: offsets as given, null without them.
+  const void* cu_seqlens;
+  int32_t cu_seqlens_wide;  // int64 offsets
+  int32_t reserved2;
+
+  // Workspace.
+  const Chunk* chunks;         // [num_chunks], packed sequences only
+  const int64_t* first_chunk;  // [R + 1], packed sequences only
+  double* chunk_gates;         // [num_chunks * NH][4]: scratch of the gate kernels
+  void* row;                   // Pair<Acc>, token vector
+  void* col;                   // Pair<Acc>, token vector
+  void* w;                     // Acc, token vector
+  void* a;                     // Acc, token vector
+  void* floor;                 // Acc, token vector
+  void* g;                     // Acc, chunk scalar
+  void* c_states;              // [slots][NH][DHQK][DHHV]: bf16 for bf16, f16 for f16, else Acc
+  void* n_states;              // [slots][NH][DHQK] Acc
+  // Backward only.
+  void* dc_states;  // like c_states; slot(c + 1, row) holds dC after chunk c, slot(first) dC_0
+  void* dn_states;  // [slots][NH][DHQK] Acc
+  void* inv;        // Acc, token vector
+  void* delta;      // Acc, token vector, times s
+  void* dm;         // Acc, token vector
+  void* q_dq;       // [qk_tiles] token vectors of Acc: partial sums of q.dq, unrounded
+  void* k_dk;       // [qk_tiles] token vectors of Acc
+  void* e;          // [chunk_index][e_tiles] Acc: partial sums of E_c
+  void* e_first;    // [R * NH][e_tiles] Acc: partial sums of <dC_0, C_0> + <dn_0, n_0>
+};
+
+#ifdef __CUDACC__
+
+__device__ __forceinline__ Chunk chunk_at(const Args& args, int64_t c) {
+  if (args.chunks != nullptr) return args.chunks[c];
+  Chunk chunk;
+  chunk.row = static_cast<int32_t>(c / args.chunks_per_row);
+  chunk.start = (c - static_cast<int64_t>(chunk.row) * args.chunks_per_row) * args.chunk_len;
+  int64_t left = args.s - chunk.start;
+  chunk.len = static_cast<int32_t>(left < args.chunk_len ? left : args.chunk_len);
+  return chunk;
+}
+
+__device__ __forceinline__ int64_t first_chunk(const Args& args, int row) {
+  return args.first_chunk != nullptr ? args.first_chunk[row]
+                                     : static_cast<int64_t>(row) * args.chunks_per_row;
+}
+
+// Batch row of a state row: packed sequences all lie in batch row 0.
+__device__ __forceinline__ int batch_of(const Args& args, int row) {
+  return args.chunks != nullptr ? 0 : row;
+}
+
+__device__ __forceinline__ int64_t token_index(const Args& args, int b, int h, int64_t t) {
+  return (static_cast<int64_t>(b) * args.nh + h) * args.s + t;
+}
+
+__device__ __forceinline__ int64_t chunk_index(const Args& args, int64_t c, int h) {
+  return c * args.nh + h;
+}
+
+// Index of a chunk state: times DHQK * DHHV (c_states) or DHQK (n_states).
+__device__ __forceinline__ int64_t slot_index(const Args& args, int64_t c, int row, int h) {
+  return (c + row) * args.nh + h;
+}
+
+template <typename T>
+__device__ __forceinline__ T* at(const Tensor& t, int64_t b, int64_t h, int64_t s) {
+  return static_cast<T*>(t.data) + b * t.stride_b + h * t.stride_h + s * t.stride_s;
+}
+
+#endif  // __CUDACC__
+
+}  // namespace mlstm
