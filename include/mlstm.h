@@ -128,7 +128,7 @@ typedef struct mlstm_problem {
    */
   int64_t num_slots;
   /**
-   * s: factor on q; 0 for DHQK^-0.5.
+   * s: factor on q; 0 for DHQK^-0.5. Finite, also as a float32 (but with F64 data); so is eps.
    */
   double qk_scale;
   /**
@@ -172,7 +172,8 @@ typedef struct mlstm_problem {
 } mlstm_problem;
 
 /**
- * What a call needs; filled by `mlstm_query`.
+ * What a call needs; filled by `mlstm_query`. Members that an older library does not know stay as
+ * the caller set them.
  */
 typedef struct mlstm_requirements {
   /**
@@ -384,7 +385,7 @@ typedef struct mlstm_bw_args {
    */
   struct mlstm_tensor n;
   /**
-   * In: the forward's m; not needed with the sigmoid gate.
+   * In: the forward's m. Absent with the sigmoid gate.
    */
   struct mlstm_tensor m;
   /**
@@ -666,7 +667,7 @@ const char *mlstm_status_name(mlstm_status status);
 
 /**
  * What went wrong in this thread's last call that returned a status, naming the argument, what
- * was expected and what came; "" after a success. Valid until the thread's next such call.
+ * was expected and what came; "" after a success. Valid until the thread's next such call or end.
  */
 const char *mlstm_last_error(void);
 

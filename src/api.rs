@@ -6,7 +6,7 @@ use crate::dispatch::{self, Capabilities, Engine, Plan};
 use crate::error::{Error, Result};
 use crate::ops::{Bw, BwTensors, Fw, FwTensors, Step, StepTensors};
 use crate::problem::{Device, Op, Problem, ProblemSpec};
-use crate::tensor::{Tensor, TensorMut};
+use crate::tensor::{Tensor, TensorMut, View};
 use crate::workspace::{ALIGNMENT, Workspace};
 
 /// What a call needs from its caller.
@@ -67,16 +67,41 @@ pub fn preload(device: Device, _device_index: i32) -> Result<()> {
     }
 }
 
+/// Where a call's workspace comes from.
+pub(crate) enum Memory<'a> {
+    /// The caller's, which may be too small or overlap a tensor.
+    Caller(Workspace),
+    /// Ours, grown once everything else is known to be valid.
+    Scratch(&'a mut Scratch),
+}
+
+impl Memory<'_> {
+    /// The part of it that tensors must not overlap.
+    fn view(&self, bytes: usize) -> View {
+        match self {
+            Self::Caller(workspace) => workspace.view(bytes),
+            Self::Scratch(_) => Workspace::NONE.view(0),
+        }
+    }
+
+    fn get(self, bytes: usize) -> Result<Workspace> {
+        match self {
+            Self::Caller(workspace) => workspace.check(bytes).map(|()| workspace),
+            Self::Scratch(scratch) => scratch.reserve(bytes),
+        }
+    }
+}
+
 pub(crate) fn forward_views(
     op: Op,
     spec: &ProblemSpec,
     tensors: FwTensors,
-    workspace: Workspace,
+    memory: Memory<'_>,
 ) -> Result<()> {
     let problem = spec.validate(op)?;
     let (plan, bytes) = decide(op, &problem)?;
-    let call = Fw::new(problem, tensors, &workspace.view(bytes))?;
-    workspace.check(bytes)?;
+    let call = Fw::new(problem, tensors, &memory.view(bytes))?;
+    let workspace = memory.get(bytes)?;
     match plan.engine {
         Engine::Cpu => cpu::forward(&call, &plan, workspace),
     }
@@ -86,12 +111,12 @@ pub(crate) fn backward_views(
     op: Op,
     spec: &ProblemSpec,
     tensors: BwTensors,
-    workspace: Workspace,
+    memory: Memory<'_>,
 ) -> Result<()> {
     let problem = spec.validate(op)?;
     let (plan, bytes) = decide(op, &problem)?;
-    let call = Bw::new(problem, tensors, &workspace.view(bytes))?;
-    workspace.check(bytes)?;
+    let call = Bw::new(problem, tensors, &memory.view(bytes))?;
+    let workspace = memory.get(bytes)?;
     match plan.engine {
         Engine::Cpu => cpu::backward(&call, &plan, workspace),
     }
@@ -100,12 +125,12 @@ pub(crate) fn backward_views(
 pub(crate) fn step_views(
     spec: &ProblemSpec,
     tensors: StepTensors,
-    workspace: Workspace,
+    memory: Memory<'_>,
 ) -> Result<()> {
     let problem = spec.validate(Op::Step)?;
     let (plan, bytes) = decide(Op::Step, &problem)?;
-    let call = Step::new(problem, tensors, &workspace.view(bytes))?;
-    workspace.check(bytes)?;
+    let call = Step::new(problem, tensors, &memory.view(bytes))?;
+    let workspace = memory.get(bytes)?;
     match plan.engine {
         Engine::Cpu => cpu::step(&call, &plan, workspace),
     }
@@ -128,12 +153,18 @@ impl Scratch {
         Self { lines: Vec::new() }
     }
 
-    fn reserve(&mut self, bytes: usize) -> Workspace {
-        let lines = bytes.div_ceil(ALIGNMENT);
-        if self.lines.len() < lines {
-            self.lines.resize(lines, Line([0; ALIGNMENT]));
+    fn reserve(&mut self, bytes: usize) -> Result<Workspace> {
+        let missing = bytes.div_ceil(ALIGNMENT).saturating_sub(self.lines.len());
+        if missing > 0 {
+            self.lines.try_reserve_exact(missing).map_err(|_| {
+                Error::Device(format!("no memory for a workspace of {bytes} bytes"))
+            })?;
+            self.lines.resize(self.lines.len() + missing, Line([0; ALIGNMENT]));
         }
-        Workspace { data: self.lines.as_mut_ptr().cast::<u8>(), len: self.lines.len() * ALIGNMENT }
+        Ok(Workspace {
+            data: self.lines.as_mut_ptr().cast::<u8>(),
+            len: self.lines.len() * ALIGNMENT,
+        })
     }
 }
 
@@ -232,8 +263,7 @@ fn run_forward(
         n_last: last.map(|state| state.n.view),
         m_last: last.and_then(|state| state.m.as_ref()).map(|m| m.view),
     };
-    let workspace = scratch.reserve(query(op, spec)?.workspace_size);
-    forward_views(op, &host(spec)?, tensors, workspace)
+    forward_views(op, host(spec)?, tensors, Memory::Scratch(scratch))
 }
 
 fn run_backward(
@@ -272,14 +302,13 @@ fn run_backward(
         dn_initial: d_initial.map(|state| state.n.view),
         dm_initial: d_initial.and_then(|state| state.m.as_ref()).map(|m| m.view),
     };
-    let workspace = scratch.reserve(query(op, spec)?.workspace_size);
-    backward_views(op, &host(spec)?, tensors, workspace)
+    backward_views(op, host(spec)?, tensors, Memory::Scratch(scratch))
 }
 
 /// The safe API borrows slices, which live in host memory.
-fn host(spec: &ProblemSpec) -> Result<ProblemSpec> {
+fn host(spec: &ProblemSpec) -> Result<&ProblemSpec> {
     match spec.device {
-        Device::Cpu => Ok(*spec),
+        Device::Cpu => Ok(spec),
         Device::Cuda => Err(Error::invalid("problem.device", "Cpu in the safe API", "Cuda")),
     }
 }
@@ -378,6 +407,5 @@ pub fn step(
         num_tokens: slots.num_tokens.map(|s| s.view),
         h: h.view,
     };
-    let workspace = scratch.reserve(query(Op::Step, problem)?.workspace_size);
-    step_views(&host(problem)?, tensors, workspace)
+    step_views(host(problem)?, tensors, Memory::Scratch(scratch))
 }

@@ -37,6 +37,13 @@ pub mod problem;
 pub mod tensor;
 pub mod workspace;
 
+/// The C ABI as C sees it, for this crate's own tests; Rust programs use the functions below.
+#[doc(hidden)]
+pub mod ffi {
+    pub use crate::capi::exports::*;
+    pub use crate::capi::types::*;
+}
+
 pub use api::{
     Gradients, Inputs, Outputs, Requirements, Saved, Scratch, Slots, State, StateMut, chunkwise_bw,
     chunkwise_fw, parallel_bw, parallel_fw, preload, query, step,

@@ -174,6 +174,28 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
+    fn optional_input(
+        &mut self,
+        name: &'static str,
+        view: &Option<View>,
+        dims: Dims,
+        dtype: DType,
+    ) -> Result<()> {
+        view.as_ref().map_or(Ok(()), |view| self.input(name, view, dims, dtype))
+    }
+
+    /// The sigmoid gate has no m, in whatever role.
+    fn no_stray_m(&self, name: &'static str, view: &Option<View>) -> Result<()> {
+        if view.is_some() && !self.problem.gate.has_stabilizer() {
+            return Err(Error::invalid(
+                name,
+                "absent (the sigmoid gate has no stabiliser m)",
+                "a tensor",
+            ));
+        }
+        Ok(())
+    }
+
     fn output(&mut self, name: &'static str, view: &View, dims: Dims, dtype: DType) -> Result<()> {
         self.check(name, view, dims, dtype)?;
         view.check_writable(name)?;
@@ -200,13 +222,7 @@ impl<'a> Checker<'a> {
     ) -> Result<Vec<(&'static str, View, Dims, DType)>> {
         let p = self.problem;
         let [c, n, m] = views;
-        if let (Some(_), false) = (m, p.gate.has_stabilizer()) {
-            return Err(Error::invalid(
-                names[2],
-                "absent (the sigmoid gate has no stabiliser m)",
-                "a tensor",
-            ));
-        }
+        self.no_stray_m(names[2], m)?;
         let wanted = [(names[0], c), (names[1], n), (names[2], m)];
         let wanted = wanted.get(..if p.gate.has_stabilizer() { 3 } else { 2 }).unwrap_or(&[]);
         let given: Vec<&str> = wanted.iter().filter(|w| w.1.is_some()).map(|w| w.0).collect();
@@ -334,14 +350,8 @@ impl Fw {
         if let Some(n) = &t.n {
             check.output("n", n, Dims::Token, p.compute_dtype())?;
         }
+        check.no_stray_m("m", &t.m)?;
         if let Some(m) = &t.m {
-            if !p.gate.has_stabilizer() {
-                return Err(Error::invalid(
-                    "m",
-                    "absent (the sigmoid gate has no stabiliser m)",
-                    "a tensor",
-                ));
-            }
             check.output("m", m, Dims::Token, p.compute_dtype())?;
         }
         check.output_triple(["c_last", "n_last", "m_last"], [&t.c_last, &t.n_last, &t.m_last])?;
@@ -359,30 +369,23 @@ impl Bw {
         check.token_inputs([&t.q, &t.k, &t.v, &t.i, &t.f])?;
         check.input_triple(INITIAL, [&t.c_initial, &t.n_initial, &t.m_initial])?;
         check.cu_seqlens(&t.cu_seqlens)?;
+        // What the gate has no use for may be absent, but is checked if given.
         if p.gate.has_normalizer() {
-            check.input("h", &required("h", &t.h)?, Dims::Hv, dtype)?;
-            check.input("n", &required("n", &t.n)?, Dims::Token, compute)?;
+            required("h", &t.h)?;
+            required("n", &t.n)?;
         }
         if p.gate.has_stabilizer() {
-            check.input("m", &required("m", &t.m)?, Dims::Token, compute)?;
+            required("m", &t.m)?;
         }
+        check.optional_input("h", &t.h, Dims::Hv, dtype)?;
+        check.optional_input("n", &t.n, Dims::Token, compute)?;
+        check.no_stray_m("m", &t.m)?;
+        check.optional_input("m", &t.m, Dims::Token, compute)?;
         check.input("dh", &t.dh, Dims::Hv, dtype)?;
-        if let Some(dc) = &t.dc_last {
-            check.input("dc_last", dc, Dims::C, p.state_dtype)?;
-        }
-        if let Some(dn) = &t.dn_last {
-            check.input("dn_last", dn, Dims::N, compute)?;
-        }
-        if let Some(dm) = &t.dm_last {
-            if !p.gate.has_stabilizer() {
-                return Err(Error::invalid(
-                    "dm_last",
-                    "absent (the sigmoid gate has no stabiliser m)",
-                    "a tensor",
-                ));
-            }
-            check.input("dm_last", dm, Dims::M, compute)?;
-        }
+        check.optional_input("dc_last", &t.dc_last, Dims::C, p.state_dtype)?;
+        check.optional_input("dn_last", &t.dn_last, Dims::N, compute)?;
+        check.no_stray_m("dm_last", &t.dm_last)?;
+        check.optional_input("dm_last", &t.dm_last, Dims::M, compute)?;
         check.output("dq", &t.dq, Dims::Qk, dtype)?;
         check.output("dk", &t.dk, Dims::Qk, dtype)?;
         check.output("dv", &t.dv, Dims::Hv, dtype)?;
@@ -423,12 +426,12 @@ impl Step {
             ));
         }
         check.output("h", &t.h, Dims::Hv, p.dtype)?;
-        check.pools(["c", "n", "m"], [&Some(t.c), &Some(t.n), &t.m], None)?;
-        check.pools(
-            ["c_dst", "n_dst", "m_dst"],
-            [&t.c_dst, &t.n_dst, &t.m_dst],
-            Some([&t.c, &t.n, t.m.as_ref().unwrap_or(&t.n)]),
-        )?;
+        if p.gate.has_stabilizer() {
+            required("m", &t.m)?;
+        }
+        let source = check.pools(["c", "n", "m"], [&Some(t.c), &Some(t.n), &t.m])?;
+        let target = check.pools(["c_dst", "n_dst", "m_dst"], [&t.c_dst, &t.n_dst, &t.m_dst])?;
+        check.pool_roles(source, target)?;
         check.finish(workspace)?;
         Ok(Self { problem, tensors: t })
     }
@@ -446,45 +449,48 @@ impl Step {
 }
 
 impl Checker<'_> {
-    /// State pools of a step. Both pools count as outputs: the source ones are written in place,
-    /// and with a destination given nothing else may lie on them either. A destination that *is*
-    /// its source (`same_as`) is the in-place form spelled out.
+    /// Checks the pools of a step one by one.
     fn pools(
-        &mut self,
+        &self,
         names: [&'static str; 3],
         views: [&Option<View>; 3],
-        same_as: Option<[&View; 3]>,
-    ) -> Result<()> {
-        let p = self.problem;
-        let mut aliases = Vec::with_capacity(3);
-        for (position, (name, view, dims, dtype)) in
-            self.triple(names, views)?.into_iter().enumerate()
-        {
-            let (shape, labels) = self.shape(dims, p.num_slots, "num_slots");
+    ) -> Result<Vec<(&'static str, View)>> {
+        let mut pools = Vec::with_capacity(3);
+        for (name, view, dims, dtype) in self.triple(names, views)? {
+            let (shape, labels) = self.shape(dims, self.problem.num_slots, "num_slots");
             view.check(name, dtype, &shape, &labels)?;
             if matches!(dims, Dims::C | Dims::N) {
                 view.check_feature_stride(name)?;
             }
-            view.check_writable(name)?;
-            let source = same_as.and_then(|sources| sources.get(position).copied());
-            let in_place = source.is_some_and(|source| {
-                source.data == view.data && source.strides() == view.strides()
-            });
-            if !in_place {
-                self.outputs.push((name, view));
-            }
-            aliases.push(in_place);
+            pools.push((name, view));
         }
-        if aliases.contains(&true) && aliases.contains(&false) {
+        Ok(pools)
+    }
+
+    /// Source pools are written without a target, only read with one, and either way when the
+    /// target *is* the source: the in-place form spelled out.
+    fn pool_roles(
+        &mut self,
+        source: Vec<(&'static str, View)>,
+        target: Vec<(&'static str, View)>,
+    ) -> Result<()> {
+        let pairs = source.iter().zip(&target);
+        let aliases = pairs.filter(|((_, s), (_, t))| t.is_empty() || s.is_same(t)).count();
+        let in_place = target.is_empty() || aliases == target.len();
+        if !in_place && aliases > 0 {
+            let names: Vec<&str> = target.iter().map(|(name, _)| *name).collect();
             return Err(Error::invalid(
-                names[0],
+                names.first().copied().unwrap_or_default(),
                 format!("all or none of {} to be the source pools", names.join(", ")),
                 "some of them",
             ));
         }
-        if same_as.is_none() && p.gate.has_stabilizer() && views[2].is_none() {
-            return Err(Error::invalid(names[2], "a tensor", "none"));
+        let (written, read) = if in_place { (source, vec![]) } else { (target, source) };
+        for (name, view) in &written {
+            view.check_writable(name)?;
         }
+        self.outputs.extend(written);
+        self.inputs.extend(read);
         Ok(())
     }
 }

@@ -195,10 +195,10 @@ impl ProblemSpec {
         self.validate_rows(op)?;
         let state_dtype = self.validate_dtypes()?;
         let eps = self.eps.unwrap_or(DEFAULT_EPS);
-        if !(eps.is_finite() && eps >= 0.0) {
+        if !(self.is_finite(eps) && eps >= 0.0) {
             return Err(Error::invalid("problem.eps", "a finite number >= 0", eps));
         }
-        if !self.qk_scale.is_finite() {
+        if !self.is_finite(self.qk_scale) {
             return Err(Error::invalid("problem.qk_scale", "a finite number", self.qk_scale));
         }
         if self.chunk_size < 0 {
@@ -240,6 +240,14 @@ impl ProblemSpec {
         };
         check_volume(&problem)?;
         Ok(problem)
+    }
+
+    /// Finite in the arithmetic's own precision: 1e300 is infinite in float32.
+    fn is_finite(&self, number: f64) -> bool {
+        match self.dtype {
+            DType::F64 => number.is_finite(),
+            _ => (number as f32).is_finite(),
+        }
     }
 
     fn validate_rows(&self, op: Op) -> Result<()> {

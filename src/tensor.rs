@@ -121,6 +121,18 @@ impl View {
         self.shape().contains(&0)
     }
 
+    /// Whether both are the same elements at the same place; strides that reach nothing differ
+    /// freely.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let strides = || self.strides().iter().zip(other.strides());
+        self.data == other.data
+            && self.dtype == other.dtype
+            && self.shape() == other.shape()
+            && self.shape().iter().zip(strides()).all(|(&size, (a, b))| size < 2 || a == b)
+    }
+
+    /// Saturating: four products of 64-bit numbers can exceed 128 bits, and whatever does is far
+    /// outside any address space.
     fn extent(&self) -> Extent {
         let base = self.data as usize as i128;
         if self.is_empty() {
@@ -128,15 +140,18 @@ impl View {
         }
         let (mut low, mut high) = (0i128, 0i128);
         for (&size, &stride) in self.shape().iter().zip(self.strides()) {
-            let reach = i128::from(size - 1) * i128::from(stride);
+            let reach = (i128::from(size) - 1) * i128::from(stride);
             if reach < 0 {
-                low += reach;
+                low = low.saturating_add(reach);
             } else {
-                high += reach;
+                high = high.saturating_add(reach);
             }
         }
         let item = self.dtype.size() as i128;
-        Extent { low: base + low * item, high: base + (high + 1) * item }
+        Extent {
+            low: low.saturating_mul(item).saturating_add(base),
+            high: high.saturating_add(1).saturating_mul(item).saturating_add(base),
+        }
     }
 
     /// Dimensions as (byte stride, size), largest stride first; size-1 dimensions dropped and
@@ -163,7 +178,8 @@ impl View {
         merged
     }
 
-    /// Whether two different indices reach the same byte.
+    /// Whether two different indices may reach the same byte. Exact for strides that nest, each
+    /// longer than all that lies within; others, which no allocation has, count as overlapping.
     fn overlaps_itself(&self) -> bool {
         if self.is_empty() {
             return false;
@@ -176,8 +192,8 @@ impl View {
         })
     }
 
-    /// Whether the two views share a byte. Exact for views of the same stride pattern (slices of
-    /// one packed buffer); otherwise interleaved views whose byte ranges meet count as overlapping.
+    /// Whether the two views share a byte. Exact for slices of one buffer; where an exact answer
+    /// would take long, views whose byte ranges meet count as overlapping.
     pub(crate) fn overlaps(&self, other: &Self) -> bool {
         if self.is_empty() || other.is_empty() {
             return false;
@@ -186,25 +202,20 @@ impl View {
         if a.high <= b.low || b.high <= a.low {
             return false;
         }
-        let (pa, pb) = (self.pattern(), other.pattern());
-        let (longest, shortest) = if pa.len() >= pb.len() { (&pa, &pb) } else { (&pb, &pa) };
-        // A dimension that one of them lacks has size 1 there.
-        let mut dims = Vec::with_capacity(longest.len());
-        let mut rest = shortest.iter().peekable();
-        for &(stride, size) in longest {
-            match rest.peek() {
-                Some(&&(other_stride, other_size)) if other_stride == stride => {
-                    dims.push((stride, size, other_size));
-                    rest.next();
-                }
-                _ => dims.push((stride, size, 1)),
+        // One lattice for both: a dimension that one of them lacks has size 1 there.
+        let ours = self.pattern().into_iter().map(|(stride, size)| (stride, size, 1));
+        let theirs = other.pattern().into_iter().map(|(stride, size)| (stride, 1, size));
+        let mut dims: Vec<_> = ours.chain(theirs).filter(|dim| dim.0 != 0).collect();
+        dims.sort_unstable_by(|x, y| y.cmp(x));
+        dims.dedup_by(|next, kept| {
+            let same = next.0 == kept.0;
+            if same {
+                kept.1 += next.1 - 1;
+                kept.2 += next.2 - 1;
             }
-        }
-        if rest.peek().is_some() {
-            return true;
-        }
-        let (first, second) = if pa.len() >= pb.len() { (a, b) } else { (b, a) };
-        meets(second.low - first.low, &dims)
+            same
+        });
+        meets(b.low - a.low, &dims, &mut 1024)
     }
 
     /// Checks rank, shape, dtype, alignment, that the view lies within the address space, and that
@@ -291,8 +302,8 @@ impl View {
 }
 
 /// Whether two boxes on one lattice, `delta` bytes apart, share a point. `dims` holds (stride,
-/// size of the first, size of the second), largest stride first.
-fn meets(delta: i128, dims: &[(i128, i128, i128)]) -> bool {
+/// size of the first, size of the second), largest stride first. True also when `budget` runs out.
+fn meets(delta: i128, dims: &[(i128, i128, i128)], budget: &mut u32) -> bool {
     let Some((&(stride, first, second), inner)) = dims.split_first() else {
         return delta == 0;
     };
@@ -300,16 +311,12 @@ fn meets(delta: i128, dims: &[(i128, i128, i128)]) -> bool {
     let (low, high) = (-(second - 1), first - 1);
     let slack_up: i128 = inner.iter().map(|(s, a, _)| s * (a - 1)).sum();
     let slack_down: i128 = inner.iter().map(|(s, _, b)| s * (b - 1)).sum();
-    if stride == 0 {
-        return meets(delta, inner);
-    }
     let from = (delta - slack_up).div_euclid(stride).max(low);
     let to = (delta + slack_down).div_euclid(stride).min(high);
-    // Overlapping lattices (inner dimensions longer than the stride) could make this long.
-    if to - from > 64 {
-        return true;
-    }
-    (from..=to).any(|digit| meets(delta - digit * stride, inner))
+    (from..=to).any(|digit| {
+        *budget = budget.saturating_sub(1);
+        *budget == 0 || meets(delta - digit * stride, inner, budget)
+    })
 }
 
 /// Row-major strides of a shape.
@@ -423,3 +430,6 @@ impl<'a> TensorMut<'a> {
         Ok(Self { view, lifetime: PhantomData })
     }
 }
+
+#[cfg(test)]
+mod tests;

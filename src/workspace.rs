@@ -63,6 +63,9 @@ pub struct Workspace {
 }
 
 impl Workspace {
+    /// No memory at all.
+    pub(crate) const NONE: Self = Self { data: std::ptr::null_mut(), len: 0 };
+
     /// Checks size and alignment against what the plan needs.
     pub(crate) fn check(&self, needed: usize) -> Result<()> {
         if needed == 0 {
@@ -99,5 +102,78 @@ impl Workspace {
             dtype: DType::U8,
             rank: 1,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        /// Regions are aligned, in order, apart, and within the total.
+        #[test]
+        fn regions_are_apart(lens in prop::collection::vec(0usize..300, 0..20)) {
+            let mut carver = Carver::default();
+            let mut end = 0;
+            for (index, &len) in lens.iter().enumerate() {
+                let (region, item) = match index % 3 {
+                    0 => (carver.take::<u8>(len), 1),
+                    1 => (carver.take::<f32>(len), 4),
+                    _ => (carver.take::<f64>(len), 8),
+                };
+                prop_assert_eq!(region.len, len);
+                prop_assert!(region.offset.is_multiple_of(ALIGNMENT) && region.offset >= end);
+                end = region.offset + len * item;
+            }
+            let total = carver.total().unwrap();
+            prop_assert!(total >= end && total - end < ALIGNMENT && total.is_multiple_of(ALIGNMENT));
+        }
+    }
+
+    #[test]
+    fn totals_beyond_the_address_space_are_errors() {
+        for lens in [
+            &[usize::MAX][..],
+            &[usize::MAX / 8],
+            &[1 << 60, 1 << 60, 1],
+            &[isize::MAX as usize / 8 + 1],
+        ] {
+            let mut carver = Carver::default();
+            lens.iter().for_each(|&len| _ = carver.take::<f64>(len));
+            carver.take::<u8>(1);
+            let error = carver.total().unwrap_err().to_string();
+            assert!(error.starts_with("problem: expected "), "{error}");
+        }
+        let mut carver = Carver::default();
+        carver.take::<f64>(isize::MAX as usize / 8 / 64 * 64);
+        assert!(carver.total().is_ok());
+    }
+
+    #[test]
+    fn memory_must_be_there_large_enough_and_aligned() {
+        let at = |address: usize, len| Workspace { data: address as *mut u8, len };
+        assert!(Workspace::NONE.check(0).is_ok());
+        assert!(at(1, 0).check(0).is_ok());
+        assert!(at(64, 10).check(10).is_ok());
+        assert!(matches!(
+            at(64, 9).check(10),
+            Err(Error::WorkspaceTooSmall { expected: 10, got: 9 })
+        ));
+        for bad in [at(0, 100), at(32, 100)] {
+            let error = bad.check(10).unwrap_err().to_string();
+            assert!(error.starts_with("workspace: expected "), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_the_needed_part_counts_as_used() {
+        let workspace = Workspace { data: 64 as *mut u8, len: usize::MAX };
+        assert_eq!(workspace.view(100).shape(), [100]);
+        assert_eq!(Workspace { len: 7, ..workspace }.view(100).shape(), [7]);
+        assert!(Workspace::NONE.view(100).is_empty());
     }
 }

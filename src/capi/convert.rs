@@ -2,6 +2,7 @@
 //! flags, ranks and sizes; everything else is the core's.
 
 use super::types::*;
+use crate::api::Memory;
 use crate::error::{Error, Result};
 use crate::ops::{BwTensors, FwTensors, StepTensors};
 use crate::problem::{Device, Gate, Op, ProblemSpec};
@@ -138,8 +139,8 @@ fn required(name: &str, tensor: &mlstm_tensor) -> Result<View> {
     optional(name, tensor)?.ok_or_else(|| Error::invalid(name, "a tensor", "none"))
 }
 
-pub(super) fn workspace(data: *mut std::ffi::c_void, len: usize) -> Workspace {
-    Workspace { data: data.cast(), len }
+pub(super) fn workspace(data: *mut std::ffi::c_void, len: usize) -> Memory<'static> {
+    Memory::Caller(Workspace { data: data.cast(), len })
 }
 
 /// Builds a tensors struct from the equally named members of a C one.

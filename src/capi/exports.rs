@@ -22,7 +22,7 @@ pub extern "C" fn mlstm_status_name(status: mlstm_status) -> *const c_char {
 }
 
 /// What went wrong in this thread's last call that returned a status, naming the argument, what
-/// was expected and what came; "" after a success. Valid until the thread's next such call.
+/// was expected and what came; "" after a success. Valid until the thread's next such call or end.
 #[unsafe(no_mangle)]
 pub extern "C" fn mlstm_last_error() -> *const c_char {
     status::last_message()

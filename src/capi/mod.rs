@@ -1,8 +1,10 @@
 //! The C boundary: the only exported functions, each a few lines. Reads size-tagged structs,
 //! converts them to the core's types, and keeps panics and errors on this side.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 mod convert;
-mod exports;
+pub(crate) mod exports;
 mod reader;
 mod status;
-mod types;
+pub(crate) mod types;

@@ -117,3 +117,93 @@ pub(super) unsafe fn write<T: Extensible>(name: &str, pointer: *mut T, value: T)
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failing test panics")]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SIZE: usize = size_of::<mlstm_requirements>();
+
+    /// A caller's struct of any size, aligned, with its size in front.
+    fn memory(size: usize, fill: u8) -> Vec<u64> {
+        let mut words = vec![u64::from_ne_bytes([fill; 8]); size.div_ceil(8).max(1)];
+        words[0] = size as u64;
+        words
+    }
+
+    fn read_requirements(words: &[u64]) -> Result<mlstm_requirements> {
+        // SAFETY: `words` holds as many bytes as its first word says, or the size is refused.
+        unsafe { read("out", words.as_ptr().cast::<mlstm_requirements>()) }
+    }
+
+    #[test]
+    fn a_struct_of_our_size_is_copied() {
+        let got = read_requirements(&memory(SIZE, 3)).unwrap();
+        assert_eq!(got.struct_size, SIZE);
+        assert_eq!(got.num_chunks, i64::from_ne_bytes([3; 8]));
+    }
+
+    #[test]
+    fn a_longer_struct_may_only_say_zero_in_its_tail() {
+        let mut words = memory(SIZE + 24, 0);
+        words[1] = 7;
+        assert_eq!(read_requirements(&words).unwrap().workspace_size, 7);
+        words[SIZE / 8 + 2] = 1 << 56;
+        let error = read_requirements(&words).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }));
+        assert!(error.to_string().contains(&format!("byte {}", SIZE + 23)), "{error}");
+    }
+
+    #[test]
+    fn sizes_that_no_header_had_are_refused() {
+        for size in [0, 1, 8, SIZE - 1, MAX_STRUCT_SIZE + 1, usize::MAX / 2, usize::MAX] {
+            let mut words = memory(SIZE, 0);
+            words[0] = size as u64;
+            let error = read_requirements(&words).unwrap_err().to_string();
+            assert!(error.starts_with("out.struct_size: expected "), "{error}");
+            // SAFETY: as in `read_requirements`.
+            let error = unsafe {
+                let value = MaybeUninit::<mlstm_requirements>::zeroed().assume_init();
+                write("out", words.as_mut_ptr().cast::<mlstm_requirements>(), value)
+            };
+            assert!(error.is_err());
+        }
+    }
+
+    #[test]
+    fn pointers_are_checked_before_use() {
+        for address in [0usize, 1, 4, 12, usize::MAX] {
+            // SAFETY: null or misaligned, so never read.
+            let error = unsafe { read("args", address as *const mlstm_problem) }.unwrap_err();
+            assert!(error.to_string().starts_with("args: expected "), "{error}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        /// Every field up to the smaller of the two sizes arrives, the rest reads as zero, and
+        /// nothing beyond is written.
+        #[test]
+        fn both_sides_agree_on_the_common_part(size in SIZE..400, fill in any::<u8>()) {
+            let mut words = memory(size.next_multiple_of(8), fill);
+            let outcome = read_requirements(&words);
+            prop_assert_eq!(outcome.is_ok(), size <= SIZE || fill == 0);
+            let value = mlstm_requirements {
+                struct_size: SIZE,
+                workspace_size: 1,
+                workspace_alignment: 2,
+                chunk_size: 3,
+                num_chunks: 4,
+            };
+            let before = words.clone();
+            // SAFETY: as in `read_requirements`.
+            unsafe { write("out", words.as_mut_ptr().cast(), value) }.unwrap();
+            prop_assert_eq!(&words[..5], &[before[0], 1, 2, 3, 4]);
+            prop_assert_eq!(&words[5..], &before[5..]);
+        }
+    }
+}

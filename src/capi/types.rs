@@ -119,7 +119,7 @@ pub struct mlstm_problem {
     pub num_seqs: i64,
     /// Slots in the state pool of a step; 0 for `b`.
     pub num_slots: i64,
-    /// s: factor on q; 0 for DHQK^-0.5.
+    /// s: factor on q; 0 for DHQK^-0.5. Finite, also as a float32 (but with F64 data); so is eps.
     pub qk_scale: f64,
     /// Added to the denominator; 0 for 1e-6 (see `MLSTM_FLAG_NO_EPS`).
     pub eps: f64,
@@ -143,7 +143,8 @@ pub struct mlstm_problem {
     pub chunk_size: i32,
 }
 
-/// What a call needs; filled by `mlstm_query`.
+/// What a call needs; filled by `mlstm_query`. Members that an older library does not know stay as
+/// the caller set them.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct mlstm_requirements {
@@ -245,7 +246,7 @@ pub struct mlstm_bw_args {
     pub h: mlstm_tensor,
     /// In: the forward's n; not needed with `MLSTM_FLAG_NO_NORMALIZE`.
     pub n: mlstm_tensor,
-    /// In: the forward's m; not needed with the sigmoid gate.
+    /// In: the forward's m. Absent with the sigmoid gate.
     pub m: mlstm_tensor,
     /// In: gradient of h.
     pub dh: mlstm_tensor,

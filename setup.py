@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Packs the native files that bindings/torch/build.py has put into the package."""
+
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildWithNativeFiles(build_py):
+    def run(self):
+        if not (ROOT / "bindings/python/mlstm/_lib/mlstm_torch.so").exists():
+            # Needs torch: pip's isolated builds have none.
+            subprocess.run(["cargo", "build", "--release"], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, "bindings/torch/build.py"], cwd=ROOT, check=True)
+        super().run()
+
+
+class AnyPython(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", re.sub(r"[-.]", "_", sysconfig.get_platform())
+
+
+setup(
+    version=re.search(r'^version = "(.+)"', (ROOT / "Cargo.toml").read_text(), re.M)[1],
+    cmdclass={"build_py": BuildWithNativeFiles, "bdist_wheel": AnyPython},
+)
