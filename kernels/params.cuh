@@ -58,6 +58,9 @@ namespace mlstm {
 // exp2 of it is exactly 0 in float and in double; 2^20 of them still sum without loss of meaning.
 constexpr double kNever = -16384.0;
 
+constexpr int kMaxChunk = 128;
+constexpr int kMaxStepTokens = 16;
+
 // dtype numbers of the C ABI's data types as used on the device.
 enum DType : int32_t { kF32 = 0, kF64 = 1, kBf16 = 2, kF16 = 3 };
 
@@ -98,7 +101,7 @@ struct Args {
   int32_t rows;  // R
   int32_t dhqk;
   int32_t dhhv;
-  int32_t chunk_len;       // L, a multiple of 64
+  int32_t chunk_len;       // L, 64 or 128 (kMaxChunk)
   int32_t chunks_per_row;  // ceil(S / L); unused with packed sequences
   int32_t flags;
   int32_t gate_dtype;   // of i, f, di, df
@@ -106,7 +109,7 @@ struct Args {
   int32_t vector_ok;    // all (B, NH, S, D) tensors allow 16-byte accesses on every row start
   int32_t qk_tiles;     // partials of q_dq and k_dk per token
   int32_t e_tiles;      // partials of e per chunk and head
-  int32_t reserved;
+  int32_t write_m;      // m is an output (forward)
   double qk_scale;
   double eps;
 
@@ -122,12 +125,13 @@ struct Args {
   Tensor dc_initial, dn_initial, dm_initial;
   // Packed sequences: offsets as given, null without them.
   const void* cu_seqlens;
-  int32_t cu_seqlens_wide;  // int64 offsets
-  int32_t reserved2;
+  int64_t cu_seqlens_stride;
+  int64_t cu_seqlens_wide;  // int64 offsets
 
   // Workspace.
   const Chunk* chunks;         // [num_chunks], packed sequences only
   const int64_t* first_chunk;  // [R + 1], packed sequences only
+  int64_t* seq_starts;         // [R + 1], packed sequences only: first token, then the end
   double* chunk_gates;         // [num_chunks * NH][4]: scratch of the gate kernels
   void* row;                   // Pair<Acc>, token vector
   void* col;                   // Pair<Acc>, token vector
@@ -135,11 +139,11 @@ struct Args {
   void* a;                     // Acc, token vector
   void* floor;                 // Acc, token vector
   void* g;                     // Acc, chunk scalar
-  void* c_states;              // [slots][NH][DHQK][DHHV]: bf16 for bf16, f16 for f16, else Acc
-  void* n_states;              // [slots][NH][DHQK] Acc
+  void* c_states;              // [slots][NH][DHQK_p][DHHV_p]: the data's type; _p: rounded up to 64
+  void* n_states;              // [slots][NH][DHQK_p] Acc
   // Backward only.
   void* dc_states;  // like c_states; slot(c + 1, row) holds dC after chunk c, slot(first) dC_0
-  void* dn_states;  // [slots][NH][DHQK] Acc
+  void* dn_states;  // [slots][NH][DHQK_p] Acc
   void* inv;        // Acc, token vector
   void* delta;      // Acc, token vector, times s
   void* dm;         // Acc, token vector
@@ -148,6 +152,8 @@ struct Args {
   void* e;          // [chunk_index][e_tiles] Acc: partial sums of E_c
   void* e_first;    // [R * NH][e_tiles] Acc: partial sums of <dC_0, C_0> + <dn_0, n_0>
 };
+
+static_assert(sizeof(Args) == 1256, "src/cuda/params.rs has the same size");
 
 #ifdef __CUDACC__
 
@@ -179,7 +185,7 @@ __device__ __forceinline__ int64_t chunk_index(const Args& args, int64_t c, int 
   return c * args.nh + h;
 }
 
-// Index of a chunk state: times DHQK * DHHV (c_states) or DHQK (n_states).
+// Index of a chunk state: times DHQK_p * DHHV_p (c_states) or DHQK_p (n_states).
 __device__ __forceinline__ int64_t slot_index(const Args& args, int64_t c, int row, int h) {
   return (c + row) * args.nh + h;
 }

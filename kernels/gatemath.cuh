@@ -1,0 +1,197 @@
+// The arithmetic of the gates, in double for every dtype: stabilisers and exponents are sums over
+// the whole sequence, and float32 sums would not keep 1e-5.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "params.cuh"
+
+namespace mlstm {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+__device__ __forceinline__ double minus_infinity() {
+  return __longlong_as_double(0xfff0000000000000ull);
+}
+
+// One element of a tensor whose dtype is known at run time only.
+__device__ __forceinline__ double load_as_double(const void* data, int64_t index, int32_t dtype) {
+  switch (dtype) {
+    case kF32: return static_cast<const float*>(data)[index];
+    case kF64: return static_cast<const double*>(data)[index];
+    case kBf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+    default: return __half2float(static_cast<const __half*>(data)[index]);
+  }
+}
+
+__device__ __forceinline__ void store_double(void* data, int64_t index, int32_t dtype, double x) {
+  switch (dtype) {
+    case kF32: static_cast<float*>(data)[index] = static_cast<float>(x); break;
+    case kF64: static_cast<double*>(data)[index] = x; break;
+    case kBf16: static_cast<__nv_bfloat16*>(data)[index] = __double2bfloat16(x); break;
+    default: static_cast<__half*>(data)[index] = __double2half(x); break;
+  }
+}
+
+__device__ __forceinline__ double load_gate(const Args& args, const Tensor& gate, int b, int h,
+                                            int64_t t) {
+  int64_t index = b * gate.stride_b + h * gate.stride_h + t * gate.stride_s;
+  return load_as_double(gate.data, index, args.gate_dtype);
+}
+
+// log(sigmoid(x)) without overflow.
+__device__ __forceinline__ double logsigmoid(double x) {
+  return fmin(x, 0.0) - log1p(exp(-fabs(x)));
+}
+
+__device__ __forceinline__ double sigmoid(double x) { return exp(logsigmoid(x)); }
+
+// Effect of consecutive tokens on m: m -> max(m + decay, floor).
+struct MaxPlus {
+  double decay;
+  double floor;
+};
+
+__device__ __forceinline__ MaxPlus then(MaxPlus first, MaxPlus second) {
+  return {first.decay + second.decay, fmax(first.floor + second.decay, second.floor)};
+}
+
+__device__ __forceinline__ double apply(MaxPlus tokens, double m) {
+  return fmax(m + tokens.decay, tokens.floor);
+}
+
+__device__ __forceinline__ MaxPlus no_tokens() { return {0.0, minus_infinity()}; }
+
+__device__ __forceinline__ MaxPlus shuffle_up(MaxPlus x, int delta) {
+  return {__shfl_up_sync(kFullWarp, x.decay, delta), __shfl_up_sync(kFullWarp, x.floor, delta)};
+}
+
+// Combination of all lanes up to and including this one.
+__device__ __forceinline__ MaxPlus inclusive_scan(MaxPlus x, int lane) {
+  for (int delta = 1; delta < 32; delta *= 2) {
+    MaxPlus before = shuffle_up(x, delta);
+    if (lane >= delta) x = then(before, x);
+  }
+  return x;
+}
+
+__device__ __forceinline__ double inclusive_sum(double x, int lane) {
+  for (int delta = 1; delta < 32; delta *= 2) {
+    double before = __shfl_up_sync(kFullWarp, x, delta);
+    if (lane >= delta) x += before;
+  }
+  return x;
+}
+
+// What the state decays by at a token and what k v^T gains, as natural exponents.
+struct TokenGates {
+  double step;
+  double source;
+  double m;
+  bool forgets;  // m follows the forget gate (else the input gate): the arg-max path
+};
+
+// (chunk, head) or (row, head) of a warp, in blocks of kWarps warps.
+constexpr int kWarps = 4;
+
+__device__ __forceinline__ bool warp_item(int64_t count, int64_t* item, int* lane) {
+  *lane = threadIdx.x % 32;
+  *item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  return *item < count;
+}
+
+template <typename Acc>
+__device__ constexpr int32_t acc_dtype() {
+  return sizeof(Acc) == 8 ? kF64 : kF32;
+}
+
+// Exponents that mean "never" stay finite, so that sums of them do; NaN passes through.
+__device__ __forceinline__ double clamp_never(double x) {
+  return x < kNever / kLog2E ? kNever / kLog2E : x;
+}
+
+__device__ __forceinline__ TokenGates token_gates(double i, double logf, double m_before,
+                                                  bool exponential) {
+  TokenGates gates;
+  if (!exponential) {
+    gates.step = clamp_never(logf);
+    gates.source = clamp_never(logsigmoid(i));
+    gates.m = 0.0;
+    gates.forgets = true;
+    return gates;
+  }
+  double kept = logf + m_before;
+  gates.m = fmax(kept, i);
+  gates.forgets = kept >= i;
+  if (gates.m == minus_infinity()) {
+    // Nothing has been seen since a reset: the state is zero in any frame.
+    gates.step = gates.source = kNever / kLog2E;
+    return gates;
+  }
+  gates.step = clamp_never(kept - gates.m);
+  gates.source = clamp_never(i - gates.m);
+  return gates;
+}
+
+// Warps take (chunk, head) pairs; a lane takes up to kPerLane consecutive tokens.
+constexpr int kPerLane = kMaxChunk / 32;
+
+struct LaneTokens {
+  Chunk chunk;
+  int b;
+  int64_t first;  // within the batch row
+  int count;
+  double i[kPerLane];
+  double f[kPerLane];
+  double logf[kPerLane];
+};
+
+__device__ __forceinline__ LaneTokens lane_tokens(const Args& args, int64_t c, int h, int lane) {
+  LaneTokens tokens;
+  tokens.chunk = chunk_at(args, c);
+  tokens.b = batch_of(args, tokens.chunk.row);
+  int per_lane = args.chunk_len / 32;
+  int first = lane * per_lane;
+  tokens.first = tokens.chunk.start + first;
+  tokens.count = max(0, min(per_lane, tokens.chunk.len - first));
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    if (j < tokens.count) {
+      tokens.i[j] = load_gate(args, args.i, tokens.b, h, tokens.first + j);
+      tokens.f[j] = load_gate(args, args.f, tokens.b, h, tokens.first + j);
+      tokens.logf[j] = logsigmoid(tokens.f[j]);
+    }
+  }
+  return tokens;
+}
+
+// What a lane's tokens do to m.
+__device__ __forceinline__ MaxPlus effect(const LaneTokens& tokens) {
+  MaxPlus all = no_tokens();
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    if (j < tokens.count) all = then(all, {tokens.logf[j], tokens.i[j]});
+  }
+  return all;
+}
+
+// m before a lane's first token, given m before the chunk.
+__device__ __forceinline__ double lane_m(const LaneTokens& tokens, double chunk_m, int lane) {
+  MaxPlus before = shuffle_up(inclusive_scan(effect(tokens), lane), 1);
+  return lane == 0 ? chunk_m : apply(before, chunk_m);
+}
+
+__device__ __forceinline__ double* chunk_gates(const Args& args, int64_t c, int h) {
+  return args.chunk_gates + 4 * chunk_index(args, c, h);
+}
+
+// m before the first token of a row.
+__device__ __forceinline__ double initial_m(const Args& args, int row, int h, int32_t acc_dtype) {
+  if (args.m_initial.data == nullptr) return 0.0;
+  int64_t index = row * args.m_initial.stride_b + h * args.m_initial.stride_h;
+  return load_as_double(args.m_initial.data, index, acc_dtype);
+}
+
+}  // namespace mlstm

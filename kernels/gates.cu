@@ -1,0 +1,219 @@
+// From gate pre-activations to the per-token vectors of params.cuh, in four kernels:
+//   chunk_table   packed sequences only: offsets on the device -> chunks      1 block of 1024
+//   gates_reduce  effect of each chunk on m                                   warp per chunk, head
+//   gates_scan    m at each chunk's start, m_last                             warp per row, head
+//   gates_emit_*  m, exponents, weights                                       warp per chunk, head
+// Blocks have 128 threads unless said otherwise. The sigmoid gate (m = 0) needs gates_emit only.
+#include "gatemath.cuh"
+
+namespace mlstm {
+namespace {
+
+__device__ __forceinline__ float exp2_acc(float, double x) { return static_cast<float>(exp2(x)); }
+__device__ __forceinline__ double exp2_acc(double, double x) { return exp2(x); }
+
+template <typename Acc>
+__device__ __forceinline__ Pair<Acc> split(double x) {
+  Acc hi = static_cast<Acc>(x);
+  return {hi, static_cast<Acc>(x - static_cast<double>(hi))};
+}
+
+template <typename Acc>
+__device__ __forceinline__ void emit(const Args& args) {
+  int64_t item;
+  int lane;
+  if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
+  int64_t c = item / args.nh;
+  int h = static_cast<int>(item % args.nh);
+  LaneTokens tokens = lane_tokens(args, c, h, lane);
+  if (tokens.chunk.len == 0) return;
+  bool exponential = (args.flags & kExponential) != 0;
+  double m = exponential ? lane_m(tokens, chunk_gates(args, c, h)[2], lane) : 0.0;
+
+  TokenGates gates[kPerLane];
+  double mine = 0.0;
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    if (j < tokens.count) {
+      gates[j] = token_gates(tokens.i[j], tokens.logf[j], m, exponential);
+      m = gates[j].m;
+      mine += gates[j].step * kLog2E;
+    }
+  }
+  // Sum of the steps before this lane's tokens, and over the chunk.
+  double sum = inclusive_sum(mine, lane);
+  double total = __shfl_sync(kFullWarp, sum, 31);
+  double phi = __shfl_up_sync(kFullWarp, sum, 1);
+  if (lane == 0) phi = 0.0;
+
+  int64_t base = token_index(args, tokens.b, h, tokens.first);
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    if (j >= tokens.count) continue;
+    phi += gates[j].step * kLog2E;
+    double source = gates[j].source * kLog2E;
+    static_cast<Pair<Acc>*>(args.row)[base + j] = split<Acc>(phi);
+    static_cast<Pair<Acc>*>(args.col)[base + j] = split<Acc>(source - phi);
+    static_cast<Acc*>(args.w)[base + j] = exp2_acc(Acc(), phi);
+    // Rounding may leave the difference of equal sums a little above 0.
+    static_cast<Acc*>(args.a)[base + j] = exp2_acc(Acc(), fmin(total - phi, 0.0) + source);
+    static_cast<Acc*>(args.floor)[base + j] =
+        exponential ? static_cast<Acc>(exp(-gates[j].m)) : static_cast<Acc>(1);
+    if (args.write_m != 0) {
+      int64_t index = tokens.b * args.m.stride_b + h * args.m.stride_h +
+                      (tokens.first + j) * args.m.stride_s;
+      static_cast<Acc*>(args.m.data)[index] = static_cast<Acc>(gates[j].m);
+    }
+  }
+  if (lane == 0) static_cast<Acc*>(args.g)[chunk_index(args, c, h)] = exp2_acc(Acc(), total);
+}
+
+__device__ __forceinline__ void reduce(const Args& args) {
+  int64_t item;
+  int lane;
+  if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
+  int64_t c = item / args.nh;
+  int h = static_cast<int>(item % args.nh);
+  MaxPlus mine = inclusive_scan(effect(lane_tokens(args, c, h, lane)), lane);
+  if (lane == 31) {
+    double* out = chunk_gates(args, c, h);
+    out[0] = mine.decay;
+    out[1] = mine.floor;
+  }
+}
+
+template <typename Acc>
+__device__ __forceinline__ void scan(const Args& args) {
+  int64_t item;
+  int lane;
+  if (!warp_item(static_cast<int64_t>(args.rows) * args.nh, &item, &lane)) return;
+  int row = static_cast<int>(item / args.nh);
+  int h = static_cast<int>(item % args.nh);
+  int64_t begin = first_chunk(args, row);
+  int64_t end = first_chunk(args, row + 1);
+  double m = initial_m(args, row, h, acc_dtype<Acc>());
+  for (int64_t c = begin; c < end; c += 32) {
+    MaxPlus mine = no_tokens();
+    double* gates = c + lane < end ? chunk_gates(args, c + lane, h) : nullptr;
+    if (gates != nullptr) mine = {gates[0], gates[1]};
+    MaxPlus upto = inclusive_scan(mine, lane);
+    MaxPlus before = shuffle_up(upto, 1);
+    if (lane == 0) before = no_tokens();
+    if (gates != nullptr) gates[2] = apply(before, m);
+    m = __shfl_sync(kFullWarp, apply(upto, m), 31);
+  }
+  if (lane == 0 && args.m_last.data != nullptr) {
+    int64_t index = row * args.m_last.stride_b + h * args.m_last.stride_h;
+    static_cast<Acc*>(args.m_last.data)[index] = static_cast<Acc>(m);
+  }
+}
+
+// Offset j, forced into order and into [0, S]: bad contents must not lead outside the tensors.
+__device__ __forceinline__ int64_t offset_at(const Args& args, int64_t j) {
+  j *= args.cu_seqlens_stride;
+  int64_t x = args.cu_seqlens_wide != 0 ? static_cast<const int64_t*>(args.cu_seqlens)[j]
+                                        : static_cast<const int32_t*>(args.cu_seqlens)[j];
+  return min(max(x, static_cast<int64_t>(0)), args.s);
+}
+
+__device__ __forceinline__ int64_t chunks_of(const Args& args, int64_t tokens) {
+  return (tokens + args.chunk_len - 1) / args.chunk_len;
+}
+
+struct Max {
+  __device__ int64_t operator()(int64_t x, int64_t y) const { return max(x, y); }
+};
+struct Sum {
+  __device__ int64_t operator()(int64_t x, int64_t y) const { return x + y; }
+};
+
+// Inclusive scan over a block of at most 1024: by warps, then over the warps' results.
+template <typename Combine>
+__device__ __forceinline__ int64_t block_scan(int64_t x, Combine combine, int64_t* shared) {
+  int lane = threadIdx.x % 32;
+  int warp = threadIdx.x / 32;
+  for (int delta = 1; delta < 32; delta *= 2) {
+    int64_t before = __shfl_up_sync(kFullWarp, x, delta);
+    if (lane >= delta) x = combine(before, x);
+  }
+  if (lane == 31) shared[warp] = x;
+  __syncthreads();
+  for (int other = 0; other < warp; ++other) x = combine(shared[other], x);
+  __syncthreads();
+  return x;
+}
+
+__device__ void table(const Args& args) {
+  __shared__ int64_t shared[32];
+  __shared__ int64_t carry[2];  // largest offset and number of chunks so far
+  Chunk* chunks = const_cast<Chunk*>(args.chunks);
+  int64_t* first = const_cast<int64_t*>(args.first_chunk);
+  int64_t* starts = args.seq_starts;
+  if (threadIdx.x == 0) {
+    carry[0] = starts[0] = offset_at(args, 0);
+    carry[1] = first[0] = 0;
+  }
+  __syncthreads();
+  for (int64_t base = 0; base < args.rows; base += blockDim.x) {
+    int64_t row = base + threadIdx.x;
+    bool real = row < args.rows;
+    int64_t end = block_scan(real ? offset_at(args, row + 1) : 0, Max(), shared);
+    end = max(end, carry[0]);
+    if (real) starts[row + 1] = end;
+    __syncthreads();
+    int64_t count = real ? chunks_of(args, end - starts[row]) : 0;
+    int64_t upto = block_scan(count, Sum(), shared) + carry[1];
+    if (real) first[row + 1] = upto;
+    __syncthreads();
+    if (threadIdx.x == blockDim.x - 1) {
+      carry[0] = end;
+      carry[1] = upto;
+    }
+    __syncthreads();
+  }
+  for (int64_t c = threadIdx.x; c < args.num_chunks; c += blockDim.x) {
+    Chunk chunk = {0, 0, 0};
+    if (c < first[args.rows]) {
+      // The last row whose first chunk is at or before c.
+      int64_t low = 0;
+      int64_t high = args.rows - 1;
+      while (low < high) {
+        int64_t middle = (low + high + 1) / 2;
+        if (first[middle] <= c) {
+          low = middle;
+        } else {
+          high = middle - 1;
+        }
+      }
+      chunk.row = static_cast<int32_t>(low);
+      chunk.start = starts[low] + (c - first[low]) * args.chunk_len;
+      int64_t left = starts[low + 1] - chunk.start;
+      chunk.len = static_cast<int32_t>(min(left, static_cast<int64_t>(args.chunk_len)));
+    }
+    chunks[c] = chunk;
+  }
+}
+
+}  // namespace
+}  // namespace mlstm
+
+using mlstm::Args;
+
+extern "C" __global__ void __launch_bounds__(1024) chunk_table(const __grid_constant__ Args args) {
+  mlstm::table(args);
+}
+extern "C" __global__ void __launch_bounds__(128) gates_reduce(const __grid_constant__ Args args) {
+  mlstm::reduce(args);
+}
+extern "C" __global__ void __launch_bounds__(128) gates_scan_f32(const __grid_constant__ Args args) {
+  mlstm::scan<float>(args);
+}
+extern "C" __global__ void __launch_bounds__(128) gates_scan_f64(const __grid_constant__ Args args) {
+  mlstm::scan<double>(args);
+}
+extern "C" __global__ void __launch_bounds__(128, 4) gates_emit_f32(const __grid_constant__ Args args) {
+  mlstm::emit<float>(args);
+}
+extern "C" __global__ void __launch_bounds__(128, 4) gates_emit_f64(const __grid_constant__ Args args) {
+  mlstm::emit<double>(args);
+}

@@ -1,0 +1,211 @@
+//! The launch sequences of forward and backward.
+
+use std::ptr::null_mut;
+
+use super::driver::{self, Device, Launch, Stream};
+use super::layout;
+use super::params::{self, Args, Tensor};
+use crate::dispatch::Plan;
+use crate::error::Result;
+use crate::ops::{Bw, Fw};
+use crate::problem::Problem;
+use crate::tensor::{DType, View};
+use crate::workspace::Workspace;
+
+/// Warps of a block of the gate kernels, each with one chunk or row of a head.
+const GATE_WARPS: i64 = 4;
+
+/// Enqueues a forward.
+pub(crate) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
+    let (p, t) = (&call.problem, &call.tensors);
+    let mut args = common(p, plan, &t.cu_seqlens, workspace, false)?;
+    args.q = Tensor::from(&t.q);
+    args.k = Tensor::from(&t.k);
+    args.v = Tensor::from(&t.v);
+    args.i = Tensor::from(&t.i);
+    args.f = Tensor::from(&t.f);
+    args.c_initial = Tensor::from(&t.c_initial);
+    args.n_initial = Tensor::from(&t.n_initial);
+    args.m_initial = Tensor::from(&t.m_initial);
+    args.h = Tensor::from(&t.h);
+    args.n = Tensor::from(&t.n);
+    args.m = Tensor::from(&t.m);
+    args.c_last = Tensor::from(&t.c_last);
+    args.n_last = Tensor::from(&t.n_last);
+    args.m_last = Tensor::from(&t.m_last);
+    args.write_m = i32::from(t.m.is_some());
+    args.vector_ok = i32::from([&t.q, &t.k, &t.v, &t.h].into_iter().all(allows_vectors));
+
+    let run = Run { device: driver::device(p.device_index)?, stream, problem: p, args };
+    run.device.enqueue(|| {
+        run.gates()?;
+        run.states()?;
+        run.outputs()
+    })
+}
+
+/// Enqueues a backward.
+pub(crate) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
+    let (p, t) = (&call.problem, &call.tensors);
+    let mut args = common(p, plan, &t.cu_seqlens, workspace, true)?;
+    args.q = Tensor::from(&t.q);
+    args.k = Tensor::from(&t.k);
+    args.v = Tensor::from(&t.v);
+    args.i = Tensor::from(&t.i);
+    args.f = Tensor::from(&t.f);
+    args.c_initial = Tensor::from(&t.c_initial);
+    args.n_initial = Tensor::from(&t.n_initial);
+    args.m_initial = Tensor::from(&t.m_initial);
+    args.h = Tensor::from(&t.h);
+    args.n = Tensor::from(&t.n);
+    args.m = Tensor::from(&t.m);
+    args.dh = Tensor::from(&t.dh);
+    args.dc_last = Tensor::from(&t.dc_last);
+    args.dn_last = Tensor::from(&t.dn_last);
+    args.dm_last = Tensor::from(&t.dm_last);
+    args.dq = Tensor::from(&t.dq);
+    args.dk = Tensor::from(&t.dk);
+    args.dv = Tensor::from(&t.dv);
+    args.di = Tensor::from(&t.di);
+    args.df = Tensor::from(&t.df);
+    args.dc_initial = Tensor::from(&t.dc_initial);
+    args.dn_initial = Tensor::from(&t.dn_initial);
+    args.dm_initial = Tensor::from(&t.dm_initial);
+    let vectors = [&t.q, &t.k, &t.v, &t.dh, &t.dq, &t.dk, &t.dv].into_iter().chain(&t.h);
+    args.vector_ok = i32::from(vectors.into_iter().all(allows_vectors));
+
+    let run = Run { device: driver::device(p.device_index)?, stream, problem: p, args };
+    run.device.enqueue(|| {
+        run.gates()?;
+        run.states()?;
+        run.gradients()?;
+        run.gate_gradients()
+    })
+}
+
+/// Whether every row starts at a multiple of 16 bytes.
+fn allows_vectors(view: &View) -> bool {
+    let item = view.dtype.size() as i64;
+    let rows = view.shape().iter().zip(view.strides()).take(view.rank.saturating_sub(1));
+    (view.data as usize).is_multiple_of(16)
+        && rows.into_iter().all(|(&size, &stride)| size <= 1 || (stride * item) % 16 == 0)
+}
+
+/// Everything but the tensors that forward and backward have of their own.
+fn common(
+    p: &Problem,
+    plan: &Plan,
+    cu_seqlens: &Option<View>,
+    workspace: Workspace,
+    backward: bool,
+) -> Result<Args> {
+    let none = Tensor::ABSENT;
+    Ok(Args {
+        s: p.s,
+        num_chunks: layout::total_chunks(p, plan),
+        b: params::size("b", p.b)?,
+        nh: params::size("nh", p.nh)?,
+        rows: params::size("num_seqs", p.state_rows())?,
+        dhqk: params::size("dhqk", p.dhqk)?,
+        dhhv: params::size("dhhv", p.dhhv)?,
+        chunk_len: params::size("chunk_size", plan.chunk_size)?,
+        chunks_per_row: params::size("s", p.s.div_ceil(plan.chunk_size))?,
+        flags: params::flags(p),
+        gate_dtype: params::dtype(p.gate_dtype),
+        state_dtype: params::dtype(p.state_dtype),
+        vector_ok: 0,
+        qk_tiles: params::size("dhqk", layout::qk_tiles(p))?,
+        e_tiles: params::size("dhhv", layout::e_tiles(p))?,
+        write_m: 0,
+        qk_scale: p.qk_scale,
+        eps: p.eps,
+        q: none,
+        k: none,
+        v: none,
+        i: none,
+        f: none,
+        c_initial: none,
+        n_initial: none,
+        m_initial: none,
+        h: none,
+        n: none,
+        m: none,
+        c_last: none,
+        n_last: none,
+        m_last: none,
+        dh: none,
+        dc_last: none,
+        dn_last: none,
+        dm_last: none,
+        dq: none,
+        dk: none,
+        dv: none,
+        di: none,
+        df: none,
+        dc_initial: none,
+        dn_initial: none,
+        dm_initial: none,
+        cu_seqlens: cu_seqlens.map_or(null_mut(), |view| view.data),
+        cu_seqlens_stride: cu_seqlens.map_or(0, |view| view.stride[0]),
+        cu_seqlens_wide: i64::from(cu_seqlens.is_some_and(|view| view.dtype == DType::I64)),
+        buffers: layout::buffers(p, plan, backward, workspace),
+    })
+}
+
+/// One call on its way to the device.
+struct Run<'a> {
+    device: &'static Device,
+    stream: Stream,
+    problem: &'a Problem,
+    args: Args,
+}
+
+impl Run<'_> {
+    fn launch(&self, name: &str, grid: i64, threads: u32, shared: u32) -> Result<()> {
+        let launch = Launch { grid, threads, shared, overlap: false };
+        self.device.launch(self.stream, name, launch, &self.args)
+    }
+
+    /// A kernel of the gates: a warp for each of `items`.
+    fn launch_gates(&self, name: &str, items: i64) -> Result<()> {
+        self.launch(name, items.div_ceil(GATE_WARPS), 32 * GATE_WARPS as u32, 0)
+    }
+
+    fn acc(&self) -> &'static str {
+        params::suffix(self.problem.compute_dtype())
+    }
+
+    fn data(&self) -> &'static str {
+        params::suffix(self.problem.dtype)
+    }
+
+    /// Chunks times heads.
+    fn chunks(&self) -> i64 {
+        self.args.num_chunks * self.problem.nh
+    }
+
+    /// Rows of states times heads.
+    fn heads(&self) -> i64 {
+        self.problem.state_rows() * self.problem.nh
+    }
+
+    fn gates(&self) -> Result<()> {
+        if self.problem.num_seqs.is_some() {
+            self.launch("chunk_table", 1, 1024, 0)?;
+        }
+        if self.problem.gate.has_stabilizer() {
+            self.launch_gates("gates_reduce", self.chunks())?;
+            self.launch_gates(&format!("gates_scan_{}", self.acc()), self.heads())?;
+        }
+        self.launch_gates(&format!("gates_emit_{}", self.acc()), self.chunks())
+    }
+
+    fn gate_gradients(&self) -> Result<()> {
+        let acc = self.acc();
+        if self.problem.gate.has_stabilizer() {
+            self.launch_gates(&format!("gategrad_reduce_{acc}"), self.chunks())?;
+            self.launch_gates(&format!("gategrad_scan_{acc}"), self.heads())?;
+        }
+        self.launch_gates(&format!("gategrad_emit_{acc}"), self.chunks())
+    }
+}

@@ -1,0 +1,257 @@
+//! Everything that talks to the CUDA driver. The driver is loaded at run time, so that the library
+//! works on machines without one; devices are opened once and kept.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, c_int, c_uint, c_void};
+use std::sync::OnceLock;
+
+use cudarc::driver::sys;
+
+use super::modules::IMAGES;
+use crate::error::{Error, Result};
+
+/// The caller's `cudaStream_t`; null is the default stream.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stream(pub(crate) *mut c_void);
+
+/// A device with its kernels loaded.
+pub(super) struct Device {
+    context: sys::CUcontext,
+    kernels: HashMap<String, sys::CUfunction>,
+    /// Programmatic launches exist from compute capability 9.0 on.
+    overlaps: bool,
+}
+
+// SAFETY: handles of the driver, which any thread may use.
+unsafe impl Send for Device {}
+// SAFETY: as above; nothing changes after `open`.
+unsafe impl Sync for Device {}
+
+/// How one kernel is to be launched.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Launch {
+    /// Blocks; grids are one-dimensional. 0 launches nothing.
+    pub(super) grid: i64,
+    /// Threads of a block.
+    pub(super) threads: u32,
+    /// Dynamic shared memory, bytes.
+    pub(super) shared: u32,
+    /// May start while the kernel before it still runs; the kernel waits where it must.
+    pub(super) overlap: bool,
+}
+
+fn check(what: &str, result: sys::CUresult) -> Result<()> {
+    if result == sys::CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let mut name = std::ptr::null();
+    // SAFETY: fills in a pointer to a static string, or null.
+    unsafe { sys::cuGetErrorName(result, &raw mut name) };
+    let name = if name.is_null() {
+        "an unknown error".into()
+    } else {
+        // SAFETY: a static C string of the driver.
+        unsafe { CStr::from_ptr(name) }.to_string_lossy()
+    };
+    Err(Error::Device(format!("{what} failed with {name} ({})", result as u32)))
+}
+
+/// The driver's devices, one slot each; the outer error says why there are none.
+fn slots() -> Result<&'static [OnceLock<Result<Device>>]> {
+    static SLOTS: OnceLock<Result<Vec<OnceLock<Result<Device>>>>> = OnceLock::new();
+    let slots = SLOTS.get_or_init(|| {
+        // SAFETY: only looks for the library.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::Device(
+                "no CUDA driver on this machine (libcuda.so.1 was not found); install NVIDIA's \
+                 driver or use MLSTM_DEVICE_CPU"
+                    .into(),
+            ));
+        }
+        let mut count = 0;
+        // SAFETY: plain calls of the driver with a valid out pointer.
+        unsafe {
+            check("cuInit", sys::cuInit(0))?;
+            check("cuDeviceGetCount", sys::cuDeviceGetCount(&raw mut count))?;
+        }
+        Ok((0..count).map(|_| OnceLock::new()).collect())
+    });
+    slots.as_deref().map_err(Clone::clone)
+}
+
+/// The device, opened by the first call for it.
+pub(super) fn device(index: i32) -> Result<&'static Device> {
+    let slots = slots()?;
+    let slot = usize::try_from(index).ok().and_then(|at| slots.get(at)).ok_or_else(|| {
+        Error::invalid(
+            "problem.device_index",
+            format!("0 to {} (CUDA devices here: {})", slots.len().saturating_sub(1), slots.len()),
+            index,
+        )
+    })?;
+    slot.get_or_init(|| Device::open(index)).as_ref().map_err(Clone::clone)
+}
+
+/// Makes a context current and, when dropped, the caller's one again.
+struct Current;
+
+impl Current {
+    fn push(context: sys::CUcontext) -> Result<Self> {
+        // SAFETY: a retained primary context.
+        check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(context) })?;
+        Ok(Self)
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let mut context = std::ptr::null_mut();
+        // SAFETY: pops what `push` pushed; there is nothing to be done about an error.
+        unsafe { sys::cuCtxPopCurrent_v2(&raw mut context) };
+    }
+}
+
+fn attribute(device: sys::CUdevice, which: sys::CUdevice_attribute) -> Result<c_int> {
+    let mut value = 0;
+    // SAFETY: a valid device and out pointer.
+    check("cuDeviceGetAttribute", unsafe {
+        sys::cuDeviceGetAttribute(&raw mut value, which, device)
+    })?;
+    Ok(value)
+}
+
+impl Device {
+    fn open(index: i32) -> Result<Self> {
+        use sys::CUdevice_attribute as Attribute;
+        let (mut device, mut context) = (0, std::ptr::null_mut());
+        // SAFETY: valid out pointers; the context is kept for ever, like the device's slot.
+        unsafe {
+            check("cuDeviceGet", sys::cuDeviceGet(&raw mut device, index))?;
+            check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&raw mut context, device))?;
+        }
+        let major = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let shared =
+            attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        if major < 8 {
+            return Err(Error::Device(format!(
+                "CUDA device {index} has compute capability {major}.{minor}; mlstm needs 8.0 \
+                 (Ampere) or newer"
+            )));
+        }
+        let _current = Current::push(context)?;
+        let mut kernels = HashMap::new();
+        for image in IMAGES {
+            if image.hopper_only && (major, minor) != (9, 0) {
+                continue;
+            }
+            let mut module = std::ptr::null_mut();
+            // SAFETY: a complete fatbin, aligned, in memory that is never freed.
+            check(&format!("loading the kernels of {}.cu", image.name), unsafe {
+                sys::cuModuleLoadData(&raw mut module, image.code.0.as_ptr().cast())
+            })?;
+            load_functions(module, shared, &mut kernels)?;
+        }
+        Ok(Self { context, kernels, overlaps: major >= 9 })
+    }
+
+    /// Work on this device: launches in `work` go to its context, the caller's is left as it was.
+    pub(super) fn enqueue(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let _current = Current::push(self.context)?;
+        work()
+    }
+
+    /// Enqueues one kernel; call it inside [`Device::enqueue`].
+    pub(super) fn launch<T>(
+        &self,
+        stream: Stream,
+        name: &str,
+        launch: Launch,
+        args: &T,
+    ) -> Result<()> {
+        if launch.grid == 0 {
+            return Ok(());
+        }
+        let function = *self
+            .kernels
+            .get(name)
+            .ok_or_else(|| Error::Internal(format!("there is no CUDA kernel {name}")))?;
+        let grid = c_uint::try_from(launch.grid)
+            .ok()
+            .filter(|blocks| i32::try_from(*blocks).is_ok())
+            .ok_or_else(|| {
+                Error::unsupported(
+                    "problem",
+                    format!("{} blocks of {name} exceed CUDA's 2^31 - 1; split the batch", launch.grid),
+                )
+            })?;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: stream.0.cast(),
+            attrs: &raw mut attribute,
+            numAttrs: c_uint::from(launch.overlap && self.overlaps),
+        };
+        let mut parameters = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        // SAFETY: the kernel takes one T by value, which the driver copies before it returns.
+        check(name, unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                function,
+                parameters.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        })
+    }
+}
+
+/// Loads all kernels of a module now, since loading inside a stream capture is not allowed.
+fn load_functions(
+    module: sys::CUmodule,
+    shared_limit: c_int,
+    kernels: &mut HashMap<String, sys::CUfunction>,
+) -> Result<()> {
+    use sys::CUfunction_attribute as Attribute;
+    let mut count = 0;
+    // SAFETY: a module just loaded; out pointers of the sizes the driver is told.
+    let functions = unsafe {
+        check("cuModuleGetFunctionCount", sys::cuModuleGetFunctionCount(&raw mut count, module))?;
+        let mut functions = vec![std::ptr::null_mut(); count as usize];
+        check(
+            "cuModuleEnumerateFunctions",
+            sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module),
+        )?;
+        functions
+    };
+    for function in functions {
+        let (mut name, mut fixed) = (std::ptr::null(), 0);
+        // SAFETY: a function of the module; the name lives as long as the module.
+        let name = unsafe {
+            check("cuFuncLoad", sys::cuFuncLoad(function))?;
+            check("cuFuncGetName", sys::cuFuncGetName(&raw mut name, function))?;
+            let fixed_shared = Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+            check(
+                "cuFuncGetAttribute",
+                sys::cuFuncGetAttribute(&raw mut fixed, fixed_shared, function),
+            )?;
+            let dynamic = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            check(
+                "cuFuncSetAttribute",
+                sys::cuFuncSetAttribute(function, dynamic, shared_limit - fixed),
+            )?;
+            CStr::from_ptr(name)
+        };
+        kernels.insert(name.to_string_lossy().into_owned(), function);
+    }
+    Ok(())
+}

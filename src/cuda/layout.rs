@@ -1,0 +1,112 @@
+//! The workspace of the chunkwise kernels: one routine counts and carves it.
+
+use std::ptr::null_mut;
+
+use super::params::Buffers;
+use crate::dispatch::Plan;
+use crate::error::Result;
+use crate::problem::Problem;
+use crate::tensor::DType;
+use crate::workspace::{Carver, Workspace};
+
+/// Chunk states are padded to tiles of this many rows and columns.
+const TILE: i64 = 64;
+
+/// Partial sums of q.dq and k.dk per token: one per tile of DHQK.
+pub(super) fn qk_tiles(problem: &Problem) -> i64 {
+    problem.dhqk.div_ceil(TILE)
+}
+
+/// Partial sums of <dC, C> per chunk and head: one per tile of C.
+pub(super) fn e_tiles(problem: &Problem) -> i64 {
+    problem.dhqk.div_ceil(TILE) * problem.dhhv.div_ceil(TILE)
+}
+
+/// Chunks of all rows: an upper bound with packed sequences.
+pub(super) fn total_chunks(problem: &Problem, plan: &Plan) -> i64 {
+    if problem.s == 0 {
+        return 0;
+    }
+    match problem.num_seqs {
+        Some(_) => plan.num_chunks,
+        None => plan.num_chunks * problem.b,
+    }
+}
+
+/// The buffers in a workspace of [`workspace_size`] bytes.
+pub(super) fn buffers(
+    problem: &Problem,
+    plan: &Plan,
+    backward: bool,
+    workspace: Workspace,
+) -> Buffers {
+    carve(problem, plan, backward, &mut Carver::default(), workspace.data)
+}
+
+/// Bytes of all buffers.
+pub(super) fn workspace_size(problem: &Problem, plan: &Plan, backward: bool) -> Result<usize> {
+    let mut carver = Carver::default();
+    carve(problem, plan, backward, &mut carver, null_mut());
+    carver.total()
+}
+
+fn carve(
+    problem: &Problem,
+    plan: &Plan,
+    backward: bool,
+    carver: &mut Carver,
+    base: *mut u8,
+) -> Buffers {
+    let p = problem;
+    // The sizes' products were bounded when the problem was validated; a cast of what does not fit
+    // saturates, and the carver reports it.
+    let product = |sizes: &[i64]| -> usize {
+        sizes
+            .iter()
+            .try_fold(1usize, |all, &size| usize::try_from(size).ok()?.checked_mul(all))
+            .unwrap_or(usize::MAX)
+    };
+    let acc = p.compute_dtype().size();
+    let data = if p.dtype == DType::F64 { 8 } else { p.dtype.size() };
+    let rows = p.state_rows();
+    let chunks = total_chunks(p, plan);
+    let tokens = product(&[p.b, p.nh, p.s]);
+    let scalars = product(&[chunks, p.nh]);
+    let slots = product(&[chunks + rows, p.nh]);
+    let (qk, hv) = (p.dhqk.next_multiple_of(TILE), p.dhhv.next_multiple_of(TILE));
+    let matrix = product(&[slots as i64, qk, hv]);
+    let vector = product(&[slots as i64, qk]);
+
+    let mut take = |count: usize, bytes: usize, wanted: bool| -> *mut u8 {
+        if !wanted {
+            return null_mut();
+        }
+        let region = carver.take::<u8>(count.saturating_mul(bytes));
+        base.wrapping_add(region.offset)
+    };
+    let packed = p.num_seqs.is_some();
+    let table = product(&[rows + 1]);
+    Buffers {
+        chunks: take(product(&[chunks]), 16, packed),
+        first_chunk: take(table, 8, packed),
+        seq_starts: take(table, 8, packed),
+        chunk_gates: take(scalars, 4 * 8, true),
+        row: take(tokens, 2 * acc, true),
+        col: take(tokens, 2 * acc, true),
+        w: take(tokens, acc, true),
+        a: take(tokens, acc, true),
+        floor: take(tokens, acc, true),
+        g: take(scalars, acc, true),
+        c_states: take(matrix, data, true),
+        n_states: take(vector, acc, true),
+        dc_states: take(matrix, data, backward),
+        dn_states: take(vector, acc, backward),
+        inv: take(tokens, acc, backward),
+        delta: take(tokens, acc, backward),
+        dm: take(tokens, acc, backward),
+        q_dq: take(tokens.saturating_mul(qk_tiles(p) as usize), acc, backward),
+        k_dk: take(tokens.saturating_mul(qk_tiles(p) as usize), acc, backward),
+        e: take(scalars.saturating_mul(e_tiles(p) as usize), acc, backward),
+        e_first: take(product(&[rows, p.nh, e_tiles(p)]), acc, backward),
+    }
+}

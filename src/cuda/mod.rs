@@ -1,0 +1,30 @@
+//! The CUDA backend: kernels on the caller's stream, with nothing but launches on the way.
+
+mod chunkwise;
+mod driver;
+mod layout;
+mod modules;
+mod params;
+mod step;
+
+pub(crate) use chunkwise::{backward, forward};
+pub(crate) use driver::Stream;
+pub(crate) use step::step;
+
+use crate::dispatch::Plan;
+use crate::error::Result;
+use crate::problem::{Op, Problem};
+
+/// Loads the device's kernels.
+pub(crate) fn preload(device_index: i32) -> Result<()> {
+    driver::device(device_index).map(|_| ())
+}
+
+/// Bytes of workspace; the same on every device.
+pub(crate) fn workspace_size(problem: &Problem, plan: &Plan) -> Result<usize> {
+    match plan.op {
+        Op::Step => step::workspace_size(problem),
+        Op::ChunkwiseFw | Op::ParallelFw => layout::workspace_size(problem, plan, false),
+        Op::ChunkwiseBw | Op::ParallelBw => layout::workspace_size(problem, plan, true),
+    }
+}
