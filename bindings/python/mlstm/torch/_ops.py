@@ -137,9 +137,10 @@ def _step_inplace_fake(q, k, v, *_, **__):
 
 
 def _forward_context(ctx, inputs, keyword_only_inputs, output):
-    h, n, m, *_ = output
+    h, n, m, *last = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(n, m)
+    absent = [t for t in last if t.dim() == 1]
+    ctx.mark_non_differentiable(n, m, *absent)
     ctx.save_for_backward(*inputs, h, n, m)
     ctx.options = {
         name: value
