@@ -35,7 +35,10 @@ case $action in
     include=$DESTDIR$INCLUDEDIR lib=$DESTDIR$LIBDIR
     install -d "$include" "$lib/pkgconfig" "$lib/cmake/mlstm"
     install -m 644 include/mlstm.h "$include/mlstm.h"
-    install -m 644 "$TARGET/release/libmlstm.a" "$lib/libmlstm.a"
+    # Rust's objects carry debug information and LLVM bitcode, which no C linker needs.
+    objcopy --strip-debug --remove-section=.llvmbc --remove-section=.llvmcmd \
+      "$TARGET/release/libmlstm.a" "$lib/libmlstm.a"
+    chmod 644 "$lib/libmlstm.a"
     install -m 755 "$TARGET/release/libmlstm.so" "$DESTDIR$library"
     ln -sf "libmlstm.so.$version" "$lib/$soname"
     ln -sf "$soname" "$lib/libmlstm.so"

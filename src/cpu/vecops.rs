@@ -25,7 +25,7 @@ pub(crate) struct Mat<T> {
     pub ld: usize,
 }
 
-impl<T> Mat<T> {
+impl<T: Copy> Mat<T> {
     /// Pointer to the row.
     pub(crate) fn row(self, row: usize) -> *mut T {
         self.p.wrapping_add(row * self.ld)

@@ -141,6 +141,11 @@ void call_set(struct call* call, const char* name, int index, int64_t value) {
   }
 }
 
+int call_writes(const struct call* call, int member) {
+  enum role role = call->members[member].role;
+  return role == OUT || (role == POOL && !call->args.step.c_dst.data);
+}
+
 void call_poison(struct call* call, int byte) {
   for (int index = 0; index < call->count; index++) {
     if (call->members[index].role == OUT && call->memory[index].map) {

@@ -11,7 +11,7 @@ enum { MAX_MEMBERS = 32, POISON = 0xa5 };
 enum role {
   IN,
   OUT,
-  /* State pools are read and written. */
+  /* State pools are read, and without a destination written. */
   POOL,
 };
 
@@ -65,6 +65,8 @@ mlstm_tensor* call_tensor(struct call* call, int member);
 int call_find(const struct call* call, const char* name);
 /* Sets element `index` of an index or flag tensor. */
 void call_set(struct call* call, const char* name, int index, int64_t value);
+/* Whether the call writes to that member. */
+int call_writes(const struct call* call, int member);
 /* Fills the outputs with a byte. */
 void call_poison(struct call* call, int byte);
 

@@ -137,9 +137,10 @@ def _step_inplace_fake(q, k, v, *_, **__):
 
 
 def _forward_context(ctx, inputs, keyword_only_inputs, output):
-    h, n, m, *_ = output
+    h, n, m, *last = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(n, m)
+    absent = [t for t in last if t.dim() == 1]
+    ctx.mark_non_differentiable(n, m, *absent)
     ctx.save_for_backward(*inputs, h, n, m)
     ctx.options = {
         name: value
@@ -182,11 +183,21 @@ torch.library.register_autograd(
     "mlstm::forward", _forward_backward, setup_context=_forward_context, lib=_LIBRARY
 )
 torch.library.register_autograd("mlstm::backward", _no_double_backward, lib=_LIBRARY)
-# Lets autograd notice that the pools changed.
-_LIBRARY.m.register_ad_inplace_or_view_fallback("mlstm::step_")
 
 
-# ---- autocast: q, k, v take the autocast dtype; the gates and the states keep theirs -------------
+def _count_change_of_pools(keyset, q, k, v, i, f, c, n, m, *args, **kwargs):
+    """Lets autograd notice that the pools change."""
+    pools = [t for t in (c, n, m) if t is not None and not t.is_inference()]
+    torch.autograd.graph.increment_version(pools)
+    keyset = keyset & torch._C._after_ADInplaceOrView_keyset
+    op = torch.ops.mlstm.step_.default
+    return op.redispatch(keyset, q, k, v, i, f, c, n, m, *args, **kwargs)
+
+
+_LIBRARY.impl("step_", _count_change_of_pools, "ADInplaceOrView", with_keyset=True)
+
+
+# ---- autocast: q, k, v take the autocast dtype; the gates and the states keep theirs ------------
 
 
 def _register_autocast(name, device, key):

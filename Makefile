@@ -1,0 +1,165 @@
+# `make help` lists the targets. What they build goes into target/ (cargo), .venv/ and build/.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+# The targets use all cores themselves; their output stays in order.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+PREFIX ?= /usr/local
+INCLUDEDIR ?= $(PREFIX)/include
+LIBDIR ?= $(PREFIX)/lib
+DESTDIR ?=
+PYTHON ?= python3
+CARGO ?= cargo
+CARGO_FLAGS ?= --locked
+FUZZ_SECONDS ?= 30
+
+TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
+VENV := .venv
+PY := $(VENV)/bin/python
+STAGE := $(abspath build/stage)
+REQUIREMENTS := bindings/python/requirements-dev.txt tests/requirements.txt
+C_FILES := $(wildcard bindings/*/*.cpp examples/c/*.[ch] examples/cpp/*.cpp examples/cpp/*.h \
+	tests/c/*.[ch])
+# A Debian-like machine may lack pkg-config and cmake; the wheels stand in.
+TOOLS := PATH="$$PATH:$(abspath $(VENV))/bin" PKG_CONFIG_PATH="$(STAGE)/lib/pkgconfig"
+heading = @printf '\n==> %s\n' "$(1)"
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@echo
+	@echo 'Variables: PREFIX DESTDIR LIBDIR INCLUDEDIR (install), CC CXX PYTHON CARGO, FUZZ_SECONDS'
+
+# ---- Building ---------------------------------------------------------------------------------
+
+.PHONY: setup
+setup: $(VENV)/.binding ## build everything: the library, ./.venv with torch, the Python package
+
+.PHONY: lib
+lib: $(TARGET)/release/libmlstm.so ## build libmlstm.so and libmlstm.a only
+
+.PHONY: FORCE
+# cargo knows what is stale, and leaves the file's time alone when nothing is.
+$(TARGET)/release/libmlstm.so: FORCE
+	$(call heading,libmlstm (release))
+	$(CARGO) build --release $(CARGO_FLAGS)
+
+# The stamps live in the venv, so that removing it starts afresh.
+$(VENV)/.requirements: $(REQUIREMENTS)
+	$(call heading,Python packages in $(VENV): torch is large, this can take minutes)
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
+	  { echo "python3 -m venv does not work: install it (Debian: apt install python3-venv)"; exit 1; }
+	$(PY) -m pip install --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
+	@touch $@
+
+$(VENV)/.binding: $(VENV)/.requirements $(TARGET)/release/libmlstm.so include/mlstm.h \
+		$(wildcard bindings/torch/*) pyproject.toml setup.py
+	$(call heading,PyTorch extension and Python package)
+	$(PY) bindings/torch/build.py --library $(TARGET)/release/libmlstm.so
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+.PHONY: header
+header: ## regenerate include/mlstm.h from src/capi
+	MLSTM_UPDATE_HEADER=1 $(CARGO) test $(CARGO_FLAGS) --test header
+
+# ---- Installing -------------------------------------------------------------------------------
+
+INSTALL = PREFIX="$(PREFIX)" INCLUDEDIR="$(INCLUDEDIR)" LIBDIR="$(LIBDIR)" DESTDIR="$(DESTDIR)" \
+	TARGET="$(TARGET)" packaging/install.sh
+
+.PHONY: install
+# Builds only what is missing: root often has no cargo.
+install: ## install header, libraries, pkg-config and CMake files under PREFIX (and DESTDIR)
+	@test -e $(TARGET)/release/libmlstm.so || $(MAKE) lib
+	@$(INSTALL) install
+
+.PHONY: uninstall
+uninstall: ## remove what install put there
+	@$(INSTALL) uninstall
+
+# Where the tests find the library, as a user would.
+.PHONY: stage
+stage: lib
+	@rm -rf $(STAGE)
+	@$(MAKE) install PREFIX=$(STAGE) DESTDIR= INCLUDEDIR=$(STAGE)/include LIBDIR=$(STAGE)/lib
+
+# ---- Testing ----------------------------------------------------------------------------------
+
+.PHONY: test
+test: setup check test-rust test-abi test-c test-install test-readme test-python ## all tests
+
+.PHONY: check
+check: $(VENV)/.requirements ## formatting and lints
+	$(call heading,Formatting and lints)
+	$(CARGO) fmt --check
+	$(CARGO) clippy $(CARGO_FLAGS) --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(CARGO_FLAGS) --no-deps
+	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+.PHONY: format
+format: $(VENV)/.requirements ## format Rust, C, C++ and Python
+	$(CARGO) fmt
+	$(VENV)/bin/clang-format -i $(C_FILES)
+	$(VENV)/bin/ruff check --fix-only .
+	$(VENV)/bin/ruff format .
+
+.PHONY: test-rust
+test-rust: ## Rust unit, integration and documentation tests, and the example
+	$(call heading,Rust)
+	$(CARGO) test $(CARGO_FLAGS)
+	$(CARGO) run $(CARGO_FLAGS) --example chunkwise
+
+.PHONY: test-abi
+test-abi: stage ## exported symbols, SONAME, dependencies
+	$(call heading,ABI)
+	$(PYTHON) tests/abi/check.py $(STAGE)/lib include/mlstm.h include/symbols.txt
+
+.PHONY: test-c
+test-c: stage $(VENV)/.requirements ## header and C tests, plain and under AddressSanitizer
+	$(call heading,C)
+	@$(TOOLS) tests/c/run.sh build/c
+
+.PHONY: test-install
+test-install: stage $(VENV)/.requirements ## C and C++ examples through pkg-config and CMake
+	$(call heading,Installed files and examples)
+	@$(TOOLS) tests/install/run.sh build/install
+
+.PHONY: test-readme
+test-readme: setup stage ## the README's C and Python
+	$(call heading,README)
+	@$(TOOLS) $(PY) tests/readme.py README.md
+
+.PHONY: test-python
+test-python: setup ## Python tests
+	$(call heading,Python)
+	$(PY) -m pytest tests/python
+
+# ---- Running ----------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: setup ## train a small xLSTM and let it write
+	$(PY) examples/python/demo.py
+
+.PHONY: bench
+bench: setup ## benchmarks on the CPU
+	$(PY) benchmarks/cpu.py
+
+.PHONY: fuzz
+fuzz: ## FUZZ_SECONDS of each fuzz target
+	@$(CARGO) +nightly fuzz --version || \
+	  { echo "needs: rustup toolchain install nightly && cargo install cargo-fuzz"; exit 1; }
+	for target in $$($(CARGO) +nightly fuzz list); do \
+	  $(CARGO) +nightly fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS); \
+	done
+
+.PHONY: clean
+clean: ## remove what was built, but for .venv
+	$(CARGO) clean
+	rm -rf build bindings/python/mlstm/_lib $(VENV)/.binding

@@ -1,0 +1,1 @@
+//! The vector kernels themselves, at every level.
