@@ -153,7 +153,7 @@ struct Args {
   void* e_first;    // [R * NH][e_tiles] Acc: partial sums of <dC_0, C_0> + <dn_0, n_0>
 };
 
-static_assert(sizeof(Args) == 1256, "src/cuda/params.rs has the same size");
+static_assert(sizeof(Args) == 1112, "src/cuda/params.rs has the same size");
 
 #ifdef __CUDACC__
 

@@ -32,6 +32,6 @@ struct StepArgs {
   void* scalars;
 };
 
-static_assert(sizeof(StepArgs) == 552, "src/cuda/params.rs has the same size");
+static_assert(sizeof(StepArgs) == 544, "src/cuda/params.rs has the same size");
 
 }  // namespace mlstm

@@ -2,12 +2,14 @@
 //! `*_views` functions; Rust users call the functions on borrowed [`Tensor`]s.
 
 use crate::cpu;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::dispatch::{self, Capabilities, Engine, Plan};
 use crate::error::{Error, Result};
 use crate::ops::{Bw, BwTensors, Fw, FwTensors, Step, StepTensors};
 use crate::problem::{Device, Op, Problem, ProblemSpec};
 use crate::tensor::{Tensor, TensorMut, View};
-use crate::workspace::{ALIGNMENT, Workspace};
+use crate::workspace::{ALIGNMENT, Stream, Workspace};
 
 /// What a call needs from its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,18 +25,54 @@ pub struct Requirements {
 }
 
 fn decide(op: Op, problem: &Problem) -> Result<(Plan, usize)> {
-    let capabilities = Capabilities { threads: cpu::threads() };
+    let capabilities = Capabilities { threads: cpu::threads(), cuda: cfg!(feature = "cuda") };
     let plan = dispatch::plan(op, problem, capabilities).ok_or_else(no_cuda)?;
     let bytes = match plan.engine {
         Engine::Cpu => cpu::workspace_size(problem, &plan)?,
+        Engine::Cuda => cuda::workspace_size(problem, &plan)?,
     };
     Ok((plan, bytes))
 }
 
+/// A decision for a call that will run, on a device that is there.
+fn decide_to_run(op: Op, problem: &Problem) -> Result<(Plan, usize)> {
+    let (plan, bytes) = decide(op, problem)?;
+    if plan.engine == Engine::Cuda {
+        cuda::preload(problem.device_index)?;
+    }
+    Ok((plan, bytes))
+}
+
+/// What a build without the CUDA backend calls in its place; plans never lead here.
+#[cfg(not(feature = "cuda"))]
+mod cuda {
+    use super::*;
+
+    pub(super) fn workspace_size(_problem: &Problem, _plan: &Plan) -> Result<usize> {
+        Err(no_cuda())
+    }
+
+    pub(super) fn preload(_device_index: i32) -> Result<()> {
+        Err(no_cuda())
+    }
+
+    pub(super) fn forward(_: &Fw, _: &Plan, _: Workspace, _: Stream) -> Result<()> {
+        Err(no_cuda())
+    }
+
+    pub(super) fn backward(_: &Bw, _: &Plan, _: Workspace, _: Stream) -> Result<()> {
+        Err(no_cuda())
+    }
+
+    pub(super) fn step(_: &Step, _: Workspace, _: Stream) -> Result<()> {
+        Err(no_cuda())
+    }
+}
+
 fn no_cuda() -> Error {
     Error::Device(
-        "problem.device is CUDA, but this build of libmlstm has no CUDA backend; \
-         pass CPU memory and device MLSTM_DEVICE_CPU"
+        "this build of libmlstm has no CUDA backend; pass CPU memory and MLSTM_DEVICE_CPU, or \
+         build it with the feature `cuda`"
             .into(),
     )
 }
@@ -57,13 +95,13 @@ pub fn query(op: Op, spec: &ProblemSpec) -> Result<Requirements> {
 ///
 /// # Errors
 /// [`Error::Device`] without that device.
-pub fn preload(device: Device, _device_index: i32) -> Result<()> {
+pub fn preload(device: Device, device_index: i32) -> Result<()> {
     match device {
         Device::Cpu => {
             cpu::preload();
             Ok(())
         }
-        Device::Cuda => Err(no_cuda()),
+        Device::Cuda => cuda::preload(device_index),
     }
 }
 
@@ -97,13 +135,15 @@ pub(crate) fn forward_views(
     spec: &ProblemSpec,
     tensors: FwTensors,
     memory: Memory<'_>,
+    stream: Stream,
 ) -> Result<()> {
     let problem = spec.validate(op)?;
-    let (plan, bytes) = decide(op, &problem)?;
+    let (plan, bytes) = decide_to_run(op, &problem)?;
     let call = Fw::new(problem, tensors, &memory.view(bytes))?;
     let workspace = memory.get(bytes)?;
     match plan.engine {
         Engine::Cpu => cpu::forward(&call, &plan, workspace),
+        Engine::Cuda => cuda::forward(&call, &plan, workspace, stream),
     }
 }
 
@@ -112,13 +152,15 @@ pub(crate) fn backward_views(
     spec: &ProblemSpec,
     tensors: BwTensors,
     memory: Memory<'_>,
+    stream: Stream,
 ) -> Result<()> {
     let problem = spec.validate(op)?;
-    let (plan, bytes) = decide(op, &problem)?;
+    let (plan, bytes) = decide_to_run(op, &problem)?;
     let call = Bw::new(problem, tensors, &memory.view(bytes))?;
     let workspace = memory.get(bytes)?;
     match plan.engine {
         Engine::Cpu => cpu::backward(&call, &plan, workspace),
+        Engine::Cuda => cuda::backward(&call, &plan, workspace, stream),
     }
 }
 
@@ -126,13 +168,15 @@ pub(crate) fn step_views(
     spec: &ProblemSpec,
     tensors: StepTensors,
     memory: Memory<'_>,
+    stream: Stream,
 ) -> Result<()> {
     let problem = spec.validate(Op::Step)?;
-    let (plan, bytes) = decide(Op::Step, &problem)?;
+    let (plan, bytes) = decide_to_run(Op::Step, &problem)?;
     let call = Step::new(problem, tensors, &memory.view(bytes))?;
     let workspace = memory.get(bytes)?;
     match plan.engine {
         Engine::Cpu => cpu::step(&call, &plan, workspace),
+        Engine::Cuda => cuda::step(&call, workspace, stream),
     }
 }
 
@@ -263,7 +307,7 @@ fn run_forward(
         n_last: last.map(|state| state.n.view),
         m_last: last.and_then(|state| state.m.as_ref()).map(|m| m.view),
     };
-    forward_views(op, host(spec)?, tensors, Memory::Scratch(scratch))
+    forward_views(op, host(spec)?, tensors, Memory::Scratch(scratch), Stream::DEFAULT)
 }
 
 fn run_backward(
@@ -302,7 +346,7 @@ fn run_backward(
         dn_initial: d_initial.map(|state| state.n.view),
         dm_initial: d_initial.and_then(|state| state.m.as_ref()).map(|m| m.view),
     };
-    backward_views(op, host(spec)?, tensors, Memory::Scratch(scratch))
+    backward_views(op, host(spec)?, tensors, Memory::Scratch(scratch), Stream::DEFAULT)
 }
 
 /// The safe API borrows slices, which live in host memory.
@@ -407,5 +451,5 @@ pub fn step(
         num_tokens: slots.num_tokens.map(|s| s.view),
         h: h.view,
     };
-    step_views(host(problem)?, tensors, Memory::Scratch(scratch))
+    step_views(host(problem)?, tensors, Memory::Scratch(scratch), Stream::DEFAULT)
 }

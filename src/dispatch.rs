@@ -11,6 +11,8 @@ use crate::problem::{Device, Op, Problem};
 pub struct Capabilities {
     /// Worker threads of the CPU backend.
     pub threads: usize,
+    /// Whether the CUDA backend is built in.
+    pub cuda: bool,
 }
 
 /// The code that runs a plan.
@@ -18,6 +20,8 @@ pub struct Capabilities {
 pub enum Engine {
     /// SIMD and threads on host memory.
     Cpu,
+    /// Kernels on device memory.
+    Cuda,
 }
 
 /// A decision, ready to run.
@@ -48,22 +52,35 @@ impl fmt::Display for Plan {
 /// Chunk length when the caller names none.
 const DEFAULT_CHUNK: i64 = 64;
 
+/// Chunk lengths of the CUDA kernels; the longer one, for 16-bit data, halves the chunk states.
+const CUDA_CHUNKS: [i64; 2] = [64, 128];
+
 /// Chooses how to run `op`.
 pub fn plan(op: Op, problem: &Problem, capabilities: Capabilities) -> Option<Plan> {
     let engine = match problem.device {
         Device::Cpu => Engine::Cpu,
+        Device::Cuda if capabilities.cuda => Engine::Cuda,
         Device::Cuda => return None,
     };
     let tokens = problem.s.max(1);
-    let chunk_size = match op {
-        Op::ChunkwiseFw | Op::ChunkwiseBw => {
+    let chunk_size = match (engine, op) {
+        (_, Op::Step) => tokens,
+        // The parallel form too: its numbers are the same, and time linear in S is no loss.
+        (Engine::Cuda, _) => cuda_chunk(problem),
+        (Engine::Cpu, Op::ChunkwiseFw | Op::ChunkwiseBw) => {
             problem.chunk_size.unwrap_or(DEFAULT_CHUNK).min(tokens)
         }
-        Op::ParallelFw | Op::ParallelBw | Op::Step => tokens,
+        (Engine::Cpu, Op::ParallelFw | Op::ParallelBw) => tokens,
     };
     // Packed sequences each end in a chunk of their own.
     let num_chunks = (tokens + chunk_size - 1) / chunk_size + problem.num_seqs.unwrap_or(0);
     let heads = (problem.state_rows() * problem.nh).max(1);
     let wave = heads.min(capabilities.threads.max(1) as i64);
     Some(Plan { op, engine, chunk_size, num_chunks, wave })
+}
+
+fn cuda_chunk(problem: &Problem) -> i64 {
+    let [short, long] = CUDA_CHUNKS;
+    let wanted = problem.chunk_size.unwrap_or(long);
+    if problem.dtype.size() == 2 && wanted > short { long } else { short }
 }

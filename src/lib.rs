@@ -28,6 +28,8 @@
 pub mod api;
 mod capi;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[doc(hidden)]
 pub use cpu::reference;
 pub mod dispatch;

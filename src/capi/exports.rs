@@ -8,6 +8,7 @@ use super::types::*;
 use super::{convert, reader, status};
 use crate::api;
 use crate::problem::{Op, ProblemSpec};
+use crate::workspace::Stream;
 
 /// Version of the library: major << 16 | minor << 8 | patch.
 #[unsafe(no_mangle)]
@@ -115,7 +116,7 @@ pub unsafe extern "C" fn mlstm_step(args: *const mlstm_step_args) -> mlstm_statu
             (args, read_problem(args.problem)?)
         };
         let workspace = convert::workspace(args.workspace, args.workspace_size);
-        api::step_views(&spec, convert::step_tensors(&args)?, workspace)
+        api::step_views(&spec, convert::step_tensors(&args)?, workspace, Stream(args.stream))
     })
 }
 
@@ -135,7 +136,7 @@ unsafe fn forward(op: Op, args: *const mlstm_fw_args) -> crate::Result<()> {
         (args, read_problem(args.problem)?)
     };
     let workspace = convert::workspace(args.workspace, args.workspace_size);
-    api::forward_views(op, &spec, convert::fw_tensors(&args)?, workspace)
+    api::forward_views(op, &spec, convert::fw_tensors(&args)?, workspace, Stream(args.stream))
 }
 
 /// # Safety
@@ -147,5 +148,5 @@ unsafe fn backward(op: Op, args: *const mlstm_bw_args) -> crate::Result<()> {
         (args, read_problem(args.problem)?)
     };
     let workspace = convert::workspace(args.workspace, args.workspace_size);
-    api::backward_views(op, &spec, convert::bw_tensors(&args)?, workspace)
+    api::backward_views(op, &spec, convert::bw_tensors(&args)?, workspace, Stream(args.stream))
 }

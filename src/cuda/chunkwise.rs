@@ -2,7 +2,7 @@
 
 use std::ptr::null_mut;
 
-use super::driver::{self, Device, Launch, Stream};
+use super::driver::{self, Device, Launch};
 use super::layout;
 use super::params::{self, Args, Tensor};
 use crate::dispatch::Plan;
@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::ops::{Bw, Fw};
 use crate::problem::Problem;
 use crate::tensor::{DType, View};
-use crate::workspace::Workspace;
+use crate::workspace::{Stream, Workspace};
 
 /// Warps of a block of the gate kernels, each with one chunk or row of a head.
 const GATE_WARPS: i64 = 4;

@@ -9,10 +9,7 @@ use cudarc::driver::sys;
 
 use super::modules::IMAGES;
 use crate::error::{Error, Result};
-
-/// The caller's `cudaStream_t`; null is the default stream.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Stream(pub(crate) *mut c_void);
+use crate::workspace::Stream;
 
 /// A device with its kernels loaded.
 pub(super) struct Device {

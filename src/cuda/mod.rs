@@ -8,7 +8,6 @@ mod params;
 mod step;
 
 pub(crate) use chunkwise::{backward, forward};
-pub(crate) use driver::Stream;
 pub(crate) use step::step;
 
 use crate::dispatch::Plan;

@@ -115,7 +115,7 @@ pub(super) struct Buffers {
     pub(super) e_first: Pointer,
 }
 
-const _: () = assert!(size_of::<Args>() == 1256, "kernels/params.cuh has the same size");
+const _: () = assert!(size_of::<Args>() == 1112, "kernels/params.cuh has the same size");
 
 /// `mlstm::RowIndex`.
 #[repr(C)]
@@ -170,7 +170,7 @@ pub(super) struct StepArgs {
     pub(super) scalars: Pointer,
 }
 
-const _: () = assert!(size_of::<StepArgs>() == 552, "kernels/step_params.cuh has the same size");
+const _: () = assert!(size_of::<StepArgs>() == 544, "kernels/step_params.cuh has the same size");
 
 /// `mlstm::DType`.
 pub(super) const fn dtype(dtype: DType) -> i32 {

@@ -1,12 +1,12 @@
 //! The launch sequence of a step.
 
-use super::driver::{self, Launch, Stream};
+use super::driver::{self, Launch};
 use super::params::{self, RowIndex, StepArgs, Tensor};
 use crate::error::Result;
 use crate::ops::Step;
 use crate::problem::Problem;
 use crate::tensor::View;
-use crate::workspace::{Carver, Workspace};
+use crate::workspace::{Carver, Stream, Workspace};
 
 /// Columns of C that a block takes (kColumns in `kernels/step.cu`).
 const COLUMNS: i64 = 64;

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Times of the CUDA kernels: medians over CUDA graph replays (step) and events (the rest)."""
+
+import argparse
+import statistics
+
+import torch
+
+import mlstm_c
+
+SHAPES = {
+    "7b": (8, 8, 8192, 256, 512),
+    "7b_long": (1, 8, 65536, 256, 512),
+    "7b_short": (32, 8, 2048, 256, 512),
+    "tfla": (8, 16, 8192, 128, 256),
+    "small": (16, 8, 4096, 64, 64),
+}
+
+
+def median_ms(work, repeats=10):
+    for _ in range(2):
+        work()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def sequence(name, dtype, **options):
+    b, nh, s, dhqk, dhhv = SHAPES[name]
+    x = {
+        "q": torch.randn(b, nh, s, dhqk, device="cuda", dtype=dtype),
+        "k": torch.randn(b, nh, s, dhqk, device="cuda", dtype=dtype),
+        "v": torch.randn(b, nh, s, dhhv, device="cuda", dtype=dtype),
+        "i": torch.randn(b, nh, s, device="cuda") - 10,
+        "f": torch.randn(b, nh, s, device="cuda") + 3,
+    }
+    out = {"h": torch.empty_like(x["v"]), "n": torch.empty_like(x["i"])}
+    if not options.get("gate"):
+        out["m"] = torch.empty_like(x["i"])
+    dh = {"dh": torch.randn_like(x["v"])}
+    grads = {"d" + name: torch.empty_like(t) for name, t in x.items()}
+    p = mlstm_c.problem(x, **options)
+    memory = [
+        torch.empty(mlstm_c.query(op, p).workspace_size + 64, dtype=torch.uint8, device="cuda")
+        for op in ("chunkwise_fw", "chunkwise_bw")
+    ]
+    fw = median_ms(lambda: mlstm_c.call("chunkwise_fw", p, x | out, memory[0]))
+    bw = median_ms(lambda: mlstm_c.call("chunkwise_bw", p, x | out | dh | grads, memory[1]))
+    gib = max(m.numel() for m in memory) / 2**30
+    print(f"{name:9} {dtype} {options}: fw {fw:.3f} ms, fw+bw {fw + bw:.3f} ms, {gib:.2f} GiB")
+
+
+def step(b, dtype=torch.bfloat16, state=torch.float32, s=1):
+    nh, dhqk, dhhv = 8, 256, 512
+    sets = max(1, 256 // b // 4)  # rotate among pools beyond the cache
+    x = {
+        "q": torch.randn(b, nh, s, dhqk, device="cuda", dtype=dtype),
+        "k": torch.randn(b, nh, s, dhqk, device="cuda", dtype=dtype),
+        "v": torch.randn(b, nh, s, dhhv, device="cuda", dtype=dtype),
+        "i": torch.randn(b, nh, s, device="cuda"),
+        "f": torch.randn(b, nh, s, device="cuda") + 3,
+    }
+    pools = [
+        {
+            "c": torch.randn(b, nh, dhqk, dhhv, device="cuda").to(state),
+            "n": torch.randn(b, nh, dhqk, device="cuda"),
+            "m": torch.randn(b, nh, device="cuda"),
+        }
+        for _ in range(sets)
+    ]
+    h = {"h": torch.empty_like(x["v"])}
+    p = mlstm_c.problem(x, state_dtype=mlstm_c.DTYPES[state])
+    memory = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+    loops = max(20, sets)
+    graph = torch.cuda.CUDAGraph()
+    mlstm_c.call("step", p, x | pools[0] | h, memory)
+    with torch.cuda.graph(graph):
+        for j in range(loops):
+            mlstm_c.call("step", p, x | pools[j % sets] | h, memory)
+    us = median_ms(graph.replay) / loops * 1e3
+    gigabytes = 2 * b * nh * dhqk * dhhv * pools[0]["c"].element_size() / 1e9
+    print(f"step B{b} T{s} state {state}: {us:.1f} us, {gigabytes / us * 1e6:.0f} GB/s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="*", default=["step", *SHAPES])
+    for what in parser.parse_args().what:
+        if what == "step":
+            for rows in (1, 16, 128):
+                step(rows)
+            step(16, s=4)
+            step(128, state=torch.bfloat16)
+        else:
+            sequence(what, torch.bfloat16)
