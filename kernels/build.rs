@@ -36,9 +36,7 @@ pub fn compile() -> Result<(), String> {
             scope.spawn(|| {
                 while let Some(source) = queue.lock().ok().and_then(|mut queue| queue.next()) {
                     let job = Job { nvcc: &nvcc, archs: &archs, source, out: &out };
-                    if let (Err(error), Ok(mut errors)) =
-                        (job.run(newest_header), errors.lock())
-                    {
+                    if let (Err(error), Ok(mut errors)) = (job.run(newest_header), errors.lock()) {
                         let _ = writeln!(errors, "{error}");
                     }
                 }

@@ -57,7 +57,10 @@ impl Carver {
 
 /// The caller's `cudaStream_t`, null for the default stream; the CPU has none.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Stream(#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "CUDA's"))] pub(crate) *mut std::ffi::c_void);
+pub(crate) struct Stream(
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "CUDA's"))]
+    pub(crate)  *mut std::ffi::c_void,
+);
 
 impl Stream {
     /// The default stream.

@@ -2,11 +2,11 @@
 
 use std::ptr::null_mut;
 
-use super::driver::{self, Device, Launch};
-use super::layout;
+use super::driver::{self, Device, Geometry, Launch};
+use super::layout::{self, ceil_div};
 use super::params::{self, Args, Tensor};
 use crate::dispatch::Plan;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::{Bw, Fw};
 use crate::problem::Problem;
 use crate::tensor::{DType, View};
@@ -14,6 +14,21 @@ use crate::workspace::{Stream, Workspace};
 
 /// Warps of a block of the gate kernels, each with one chunk or row of a head.
 const GATE_WARPS: i64 = 4;
+
+/// Tokens of a block of the delta kernel.
+const DELTA_TOKENS: i64 = 32;
+
+/// Blocks with which the larger state tiles fill a device well enough.
+const BIG_TILE_BLOCKS: i64 = 100;
+
+/// A kernel on tiles of a matrix, chosen for the problem.
+struct Tiled {
+    name: String,
+    geometry: Geometry,
+    /// Tiles of one chunk state, or column tiles of one block of rows.
+    tiles: i64,
+    grid: i64,
+}
 
 /// Enqueues a forward.
 pub(crate) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
@@ -37,10 +52,10 @@ pub(crate) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     args.vector_ok = i32::from([&t.q, &t.k, &t.v, &t.h].into_iter().all(allows_vectors));
 
     let run = Run { device: driver::device(p.device_index)?, stream, problem: p, args };
+    let kernels = [run.states_kernel("states")?, run.sweep("outputs", p.dhhv)?];
     run.device.enqueue(|| {
         run.gates()?;
-        run.states()?;
-        run.outputs()
+        kernels.iter().try_for_each(|kernel| run.tiled(kernel))
     })
 }
 
@@ -74,11 +89,20 @@ pub(crate) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
     let vectors = [&t.q, &t.k, &t.v, &t.dh, &t.dq, &t.dk, &t.dv].into_iter().chain(&t.h);
     args.vector_ok = i32::from(vectors.into_iter().all(allows_vectors));
 
-    let run = Run { device: driver::device(p.device_index)?, stream, problem: p, args };
+    let mut run = Run { device: driver::device(p.device_index)?, stream, problem: p, args };
+    let dstates = run.states_kernel("dstates")?;
+    run.args.e_tiles = params::size("dhhv", dstates.tiles)?;
+    let [dv, dq, dk] =
+        [run.sweep("dv", p.dhhv)?, run.sweep("dq", p.dhqk)?, run.sweep("dk", p.dhqk)?];
+    run.args.qk_tiles = params::size("dhqk", dq.tiles)?;
     run.device.enqueue(|| {
         run.gates()?;
-        run.states()?;
-        run.gradients()?;
+        run.tiled(&run.states_kernel("states")?)?;
+        let tokens = p.b * p.nh * p.s;
+        run.launch(&format!("delta_{}", run.data()), ceil_div(tokens, DELTA_TOKENS), 256, 0)?;
+        for kernel in [&dstates, &dv, &dq, &dk] {
+            run.tiled(kernel)?;
+        }
         run.gate_gradients()
     })
 }
@@ -109,13 +133,13 @@ fn common(
         dhqk: params::size("dhqk", p.dhqk)?,
         dhhv: params::size("dhhv", p.dhhv)?,
         chunk_len: params::size("chunk_size", plan.chunk_size)?,
-        chunks_per_row: params::size("s", p.s.div_ceil(plan.chunk_size))?,
+        chunks_per_row: params::size("s", ceil_div(p.s, plan.chunk_size))?,
         flags: params::flags(p),
         gate_dtype: params::dtype(p.gate_dtype),
         state_dtype: params::dtype(p.state_dtype),
         vector_ok: 0,
-        qk_tiles: params::size("dhqk", layout::qk_tiles(p))?,
-        e_tiles: params::size("dhhv", layout::e_tiles(p))?,
+        qk_tiles: 0,
+        e_tiles: 0,
         write_m: 0,
         qk_scale: p.qk_scale,
         eps: p.eps,
@@ -152,6 +176,10 @@ fn common(
     })
 }
 
+fn no_kernel(name: &str) -> Error {
+    Error::Internal(format!("no CUDA kernel {name} fits this device"))
+}
+
 /// One call on its way to the device.
 struct Run<'a> {
     device: &'static Device,
@@ -168,7 +196,7 @@ impl Run<'_> {
 
     /// A kernel of the gates: a warp for each of `items`.
     fn launch_gates(&self, name: &str, items: i64) -> Result<()> {
-        self.launch(name, items.div_ceil(GATE_WARPS), 32 * GATE_WARPS as u32, 0)
+        self.launch(name, ceil_div(items, GATE_WARPS), 32 * GATE_WARPS as u32, 0)
     }
 
     fn acc(&self) -> &'static str {
@@ -187,6 +215,51 @@ impl Run<'_> {
     /// Rows of states times heads.
     fn heads(&self) -> i64 {
         self.problem.state_rows() * self.problem.nh
+    }
+
+    fn tiled(&self, kernel: &Tiled) -> Result<()> {
+        let Geometry { threads, shared, .. } = kernel.geometry;
+        self.launch(&kernel.name, kernel.grid, threads as u32, shared as u32)
+    }
+
+    /// A kernel that walks along the chunks with a tile of the state: `states` or `dstates`.
+    fn states_kernel(&self, base: &str) -> Result<Tiled> {
+        let (p, heads) = (self.problem, self.heads());
+        let tiled = |name: String| {
+            let geometry = self.device.geometry(&name)?;
+            let (rows, cols) = (i64::from(geometry.rows), i64::from(geometry.cols));
+            let tiles = ceil_div(p.dhqk, rows) * ceil_div(p.dhhv, cols);
+            Some(Tiled { name, geometry, tiles, grid: heads * tiles })
+        };
+        let small = format!("{base}_{}", self.data());
+        tiled(format!("{small}_big"))
+            .filter(|big| big.grid >= BIG_TILE_BLOCKS && p.dhqk > i64::from(big.geometry.rows) / 2)
+            .or_else(|| tiled(small.clone()))
+            .ok_or_else(|| no_kernel(&small))
+    }
+
+    /// A kernel on blocks of a chunk's tokens with `columns` outputs each.
+    fn sweep(&self, base: &str, columns: i64) -> Result<Tiled> {
+        let base = format!("{base}_{}", self.data());
+        let chunk_len = i64::from(self.args.chunk_len);
+        // The narrowest tile that holds all columns, else the widest there is.
+        let mut chosen: Option<Tiled> = None;
+        for width in ["small", "64", "128", "256"] {
+            let name = format!("{base}_{width}");
+            let Some(geometry) = self.device.geometry(&name) else { continue };
+            let (rows, cols) = (i64::from(geometry.rows), i64::from(geometry.cols));
+            if rows > chunk_len {
+                continue;
+            }
+            let tiles = ceil_div(columns, cols);
+            let grid = self.chunks() * ceil_div(chunk_len, rows) * tiles;
+            let enough = cols >= columns && width != "small";
+            chosen = Some(Tiled { name, geometry, tiles, grid });
+            if enough {
+                break;
+            }
+        }
+        chosen.ok_or_else(|| no_kernel(&base))
     }
 
     fn gates(&self) -> Result<()> {

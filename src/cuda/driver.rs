@@ -14,7 +14,9 @@ use crate::workspace::Stream;
 /// A device with its kernels loaded.
 pub(super) struct Device {
     context: sys::CUcontext,
-    kernels: HashMap<String, sys::CUfunction>,
+    kernels: HashMap<String, Kernel>,
+    /// Most shared memory a block can have, bytes.
+    shared_limit: c_int,
     /// Programmatic launches exist from compute capability 9.0 on.
     overlaps: bool,
 }
@@ -23,6 +25,23 @@ pub(super) struct Device {
 unsafe impl Send for Device {}
 // SAFETY: as above; nothing changes after `open`.
 unsafe impl Sync for Device {}
+
+struct Kernel {
+    function: sys::CUfunction,
+    geometry: Option<Geometry>,
+}
+
+/// How a kernel wants to be launched: `MLSTM_GEOMETRY` in `kernels/params.cuh`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(super) struct Geometry {
+    /// Rows and columns of a block's tile.
+    pub(super) rows: i32,
+    pub(super) cols: i32,
+    pub(super) threads: i32,
+    /// Dynamic shared memory, bytes.
+    pub(super) shared: i32,
+}
 
 /// How one kernel is to be launched.
 #[derive(Debug, Clone, Copy)]
@@ -124,7 +143,10 @@ impl Device {
         // SAFETY: valid out pointers; the context is kept for ever, like the device's slot.
         unsafe {
             check("cuDeviceGet", sys::cuDeviceGet(&raw mut device, index))?;
-            check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&raw mut context, device))?;
+            check(
+                "cuDevicePrimaryCtxRetain",
+                sys::cuDevicePrimaryCtxRetain(&raw mut context, device),
+            )?;
         }
         let major = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
@@ -149,7 +171,19 @@ impl Device {
             })?;
             load_functions(module, shared, &mut kernels)?;
         }
-        Ok(Self { context, kernels, overlaps: major >= 9 })
+        Ok(Self { context, kernels, shared_limit: shared, overlaps: major >= 9 })
+    }
+
+    fn kernel(&self, name: &str) -> Result<&Kernel> {
+        self.kernels
+            .get(name)
+            .ok_or_else(|| Error::Internal(format!("there is no CUDA kernel {name}")))
+    }
+
+    /// The geometry of a kernel, `None` if there is no such kernel or it does not fit this device.
+    pub(super) fn geometry(&self, name: &str) -> Option<Geometry> {
+        let geometry = self.kernels.get(name)?.geometry?;
+        (geometry.shared <= self.shared_limit).then_some(geometry)
     }
 
     /// Work on this device: launches in `work` go to its context, the caller's is left as it was.
@@ -169,17 +203,17 @@ impl Device {
         if launch.grid == 0 {
             return Ok(());
         }
-        let function = *self
-            .kernels
-            .get(name)
-            .ok_or_else(|| Error::Internal(format!("there is no CUDA kernel {name}")))?;
+        let function = self.kernel(name)?.function;
         let grid = c_uint::try_from(launch.grid)
             .ok()
             .filter(|blocks| i32::try_from(*blocks).is_ok())
             .ok_or_else(|| {
                 Error::unsupported(
                     "problem",
-                    format!("{} blocks of {name} exceed CUDA's 2^31 - 1; split the batch", launch.grid),
+                    format!(
+                        "{} blocks of {name} exceed CUDA's 2^31 - 1; split the batch",
+                        launch.grid
+                    ),
                 )
             })?;
         let mut attribute = sys::CUlaunchAttribute {
@@ -216,7 +250,7 @@ impl Device {
 fn load_functions(
     module: sys::CUmodule,
     shared_limit: c_int,
-    kernels: &mut HashMap<String, sys::CUfunction>,
+    kernels: &mut HashMap<String, Kernel>,
 ) -> Result<()> {
     use sys::CUfunction_attribute as Attribute;
     let mut count = 0;
@@ -248,7 +282,35 @@ fn load_functions(
             )?;
             CStr::from_ptr(name)
         };
-        kernels.insert(name.to_string_lossy().into_owned(), function);
+        let geometry = read_geometry(module, name)?;
+        kernels.insert(name.to_string_lossy().into_owned(), Kernel { function, geometry });
     }
     Ok(())
+}
+
+/// The variable of a kernel's geometry, if it has one.
+fn read_geometry(module: sys::CUmodule, kernel: &CStr) -> Result<Option<Geometry>> {
+    let mut name = kernel.to_bytes().to_vec();
+    name.extend_from_slice(b"_geometry\0");
+    let (mut pointer, mut size) = (0, 0);
+    let mut geometry = Geometry::default();
+    // SAFETY: a terminated name; what is copied has the size that was asked for.
+    unsafe {
+        let found = sys::cuModuleGetGlobal_v2(
+            &raw mut pointer,
+            &raw mut size,
+            module,
+            name.as_ptr().cast(),
+        );
+        if found == sys::CUresult::CUDA_ERROR_NOT_FOUND {
+            return Ok(None);
+        }
+        check("cuModuleGetGlobal", found)?;
+        if size != size_of::<Geometry>() {
+            return Err(Error::Internal(format!("{kernel:?} has a geometry of {size} bytes")));
+        }
+        let target = (&raw mut geometry).cast();
+        check("cuMemcpyDtoH", sys::cuMemcpyDtoH_v2(target, pointer, size))?;
+    }
+    Ok(Some(geometry))
 }

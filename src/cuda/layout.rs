@@ -12,14 +12,19 @@ use crate::workspace::{Carver, Workspace};
 /// Chunk states are padded to tiles of this many rows and columns.
 const TILE: i64 = 64;
 
+/// a / b, rounded up.
+pub(super) const fn ceil_div(a: i64, b: i64) -> i64 {
+    (a + b - 1) / b
+}
+
 /// Partial sums of q.dq and k.dk per token: one per tile of DHQK.
 pub(super) fn qk_tiles(problem: &Problem) -> i64 {
-    problem.dhqk.div_ceil(TILE)
+    ceil_div(problem.dhqk, TILE)
 }
 
 /// Partial sums of <dC, C> per chunk and head: one per tile of C.
 pub(super) fn e_tiles(problem: &Problem) -> i64 {
-    problem.dhqk.div_ceil(TILE) * problem.dhhv.div_ceil(TILE)
+    ceil_div(problem.dhqk, TILE) * ceil_div(problem.dhhv, TILE)
 }
 
 /// Chunks of all rows: an upper bound with packed sequences.
@@ -73,7 +78,7 @@ fn carve(
     let tokens = product(&[p.b, p.nh, p.s]);
     let scalars = product(&[chunks, p.nh]);
     let slots = product(&[chunks + rows, p.nh]);
-    let (qk, hv) = (p.dhqk.next_multiple_of(TILE), p.dhhv.next_multiple_of(TILE));
+    let (qk, hv) = (ceil_div(p.dhqk, TILE) * TILE, ceil_div(p.dhhv, TILE) * TILE);
     let matrix = product(&[slots as i64, qk, hv]);
     let vector = product(&[slots as i64, qk]);
 

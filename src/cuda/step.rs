@@ -1,6 +1,7 @@
 //! The launch sequence of a step.
 
 use super::driver::{self, Launch};
+use super::layout::ceil_div;
 use super::params::{self, RowIndex, StepArgs, Tensor};
 use crate::error::Result;
 use crate::ops::Step;
@@ -66,12 +67,8 @@ pub(crate) fn step(call: &Step, workspace: Workspace, stream: Stream) -> Result<
     let device = driver::device(p.device_index)?;
     let heads = p.b * p.nh;
     let gates = Launch { grid: heads, threads: 128, shared: 0, overlap: false };
-    let update = Launch {
-        grid: heads * p.dhhv.div_ceil(COLUMNS),
-        threads: 256,
-        shared: 0,
-        overlap: true,
-    };
+    let update =
+        Launch { grid: heads * ceil_div(p.dhhv, COLUMNS), threads: 256, shared: 0, overlap: true };
     device.enqueue(|| {
         let acc = params::suffix(p.compute_dtype());
         device.launch(stream, &format!("step_gates_{acc}"), gates, &args)?;
