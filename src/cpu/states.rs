@@ -5,7 +5,7 @@
 use super::gates;
 use super::gemm::Gemm;
 use super::lanes::{Lane, state_rows, token_rows};
-use super::layout::{Layout, Memory, Scratch, TILE_LD, Vector};
+use super::layout::{Layout, Memory, Scratch, Vector};
 use super::real::Real;
 use super::table::Kernels;
 use super::vecops::{Mat, Rows, TILE, padded};
