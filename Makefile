@@ -151,6 +151,10 @@ demo: setup ## train a small xLSTM and let it write
 bench: setup ## benchmarks on the CPU
 	$(PY) benchmarks/cpu.py
 
+.PHONY: sanitize
+sanitize: ## C tests on a library built with AddressSanitizer (needs nightly Rust)
+	@tests/c/sanitize.sh build/sanitize
+
 .PHONY: fuzz
 fuzz: ## FUZZ_SECONDS of each fuzz target
 	@$(CARGO) +nightly fuzz --version || \
