@@ -32,7 +32,7 @@ impl<T: Copy> Mat<T> {
     }
 
     /// The matrix from this row on.
-    pub(crate) fn from_row(self, row: usize) -> Self {
+    pub(crate) fn below(self, row: usize) -> Self {
         Self { p: self.row(row), ld: self.ld }
     }
 }
@@ -349,16 +349,12 @@ pub(crate) unsafe fn column_sums<S: Simd>(
 
 /// Sum of all products `x * y`, rows added in float64.
 #[inline(always)]
-pub(crate) unsafe fn dot<S: Simd>(
-    x: Mat<S::T>,
-    y: Mat<S::T>,
-    (rows, cols): (usize, usize),
-) -> f64 {
+pub(crate) unsafe fn dot<S: Simd>(x: Mat<S::T>, y: Mat<S::T>, (rows, cols): (usize, usize)) -> f64 {
     let mut total = 0.0;
     for t in 0..rows {
         let mut sum = S::T::ZERO;
         // SAFETY: the contract above.
-        unsafe { row_dots::<S>(x.from_row(t), y.from_row(t), (1, cols), &raw mut sum) };
+        unsafe { row_dots::<S>(x.below(t), y.below(t), (1, cols), &raw mut sum) };
         total += sum.to_f64();
     }
     total

@@ -46,12 +46,7 @@ impl Pools {
         let compute = p.compute_dtype();
         let slots = p.num_slots;
         Self {
-            c: Buffer::poisoned(
-                &[slots, p.nh, p.dhqk, p.dhhv],
-                &[0, 1, 2, 3],
-                5,
-                p.state_dtype,
-            ),
+            c: Buffer::poisoned(&[slots, p.nh, p.dhqk, p.dhhv], &[0, 1, 2, 3], 5, p.state_dtype),
             n: Buffer::dense(&[slots, p.nh, p.dhqk], compute),
             m: Buffer::dense(&[slots, p.nh], compute),
         }
@@ -182,12 +177,15 @@ fn check(d: &Inputs, rows: &Rows, r: &Run, bound: f64) {
         eps: p.eps,
         detach_denominator: p.detach_denominator,
     };
-    let state_bound = bound.max(match p.state_dtype {
-        DType::Bf16 => 2.4e-3,
-        DType::F16 => 3.2e-4,
-        _ => 0.0,
-    });
-    let before = if rows.apart { Pools::poisoned(p) } else {
+    // Half a unit in the last place: a tensor may be a single number.
+    let rounding = |dtype| match dtype {
+        DType::Bf16 => 4e-3,
+        DType::F16 => 5e-4,
+        _ => bound,
+    };
+    let before = if rows.apart {
+        Pools::poisoned(p)
+    } else {
         Pools { c: d.pools.c.clone(), n: d.pools.n.clone(), m: d.pools.m.clone() }
     };
     let mut expected_h = Buffer::poisoned(&[p.b, p.nh, p.s, p.dhhv], &[0, 2, 1, 3], 2, p.dtype);
@@ -233,8 +231,8 @@ fn check(d: &Inputs, rows: &Rows, r: &Run, bound: f64) {
         }
     }
     for (name, error, bound) in [
-        ("h", h, bound.max(if p.dtype == DType::Bf16 { 2.4e-3 } else { 0.0 })),
-        ("c", c, state_bound),
+        ("h", h, rounding(p.dtype)),
+        ("c", c, rounding(p.state_dtype)),
         ("n", n, bound),
         ("m", m, bound),
     ] {
@@ -261,7 +259,7 @@ fn check(d: &Inputs, rows: &Rows, r: &Run, bound: f64) {
 
 fn verify(spec: &ProblemSpec, rows: &Rows, extreme: bool, random: &Random) {
     let d = inputs(spec, rows, extreme, random);
-    let bound = if spec.dtype == DType::F64 { 1e-11 } else { 3e-5 };
+    let bound = if spec.dtype == DType::F64 { 1e-10 } else { 1e-4 };
     let index = random.pick(&[DType::I32, DType::I64]);
     for &level in Level::available() {
         let one = run(&d, rows, level, 1, index).unwrap();

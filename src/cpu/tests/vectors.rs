@@ -160,7 +160,9 @@ fn sixteen_bit_types_round_to_nearest_even() {
                 assert_eq!(out[len], 0xabcd, "{level:?} wrote beyond the row");
                 for (&x, &bits) in values.iter().zip(&out[..len]) {
                     let (got, expected) = match dtype {
-                        DType::Bf16 => (half::bf16::from_bits(bits).to_f32(), half::bf16::from_f32(x).to_f32()),
+                        DType::Bf16 => {
+                            (half::bf16::from_bits(bits).to_f32(), half::bf16::from_f32(x).to_f32())
+                        }
                         _ => (half::f16::from_bits(bits).to_f32(), half::f16::from_f32(x).to_f32()),
                     };
                     let equal = got == expected || (got.is_nan() && expected.is_nan());
