@@ -50,7 +50,7 @@ $(TARGET)/release/libmlstm.so: FORCE
 
 # The stamps live in the venv, so that removing it starts afresh.
 $(VENV)/.requirements: $(REQUIREMENTS)
-	$(call heading,Python packages in $(VENV): torch is large, this can take minutes)
+	$(call heading,Python packages in $(VENV): torch is large and can take minutes)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 -m venv does not work: install it (Debian: apt install python3-venv)"; exit 1; }
 	$(PY) -m pip install --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
