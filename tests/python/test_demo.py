@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The demo and its model: what newcomers run first must work."""
 
 from __future__ import annotations
@@ -137,6 +138,13 @@ def test_held_out_text_is_new(tmp_path: Path) -> None:
     new = [p for p in held_out.split("\n\n") if p]
     assert new
     assert seen.isdisjoint(new)
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("Not much.")
+    with pytest.raises(ValueError, match="documents"):
+        load(path)
 
 
 def test_repeats_are_dropped() -> None:
