@@ -44,6 +44,9 @@ pub(crate) struct Rows {
     pub stride: isize,
 }
 
+/// Rows that [`load`] asks for in advance.
+const AHEAD: isize = 8;
+
 /// Reads rows of a user tensor into a padded matrix, times `scale` and, unless null, the row's
 /// entry of `row_scale`.
 #[inline(always)]
@@ -63,9 +66,12 @@ pub(crate) unsafe fn load<S: Simd, C: Codec>(
             let factor = if row_scale.is_null() { scale } else { *row_scale.add(row) * scale };
             let factor = S::splat(factor);
             let from = src.p.offset(row as isize * src.stride * size as isize).cast_const();
+            // Rows are short: the hardware's own prefetch starts anew with each.
+            let ahead = from.wrapping_offset(AHEAD * src.stride * size as isize);
             let to = dst.row(row);
             let mut col = 0;
             while col < whole {
+                S::prefetch(ahead.wrapping_add(col * size));
                 S::store(to.add(col), S::mul(C::load::<S>(from.add(col * size)), factor));
                 col += S::W;
             }

@@ -346,7 +346,10 @@ fn check(case: &Case, errors: &Errors, tolerance: Tolerance) {
     // cancel, rounding shows relative to them. So it does for the tiny gradients under a large
     // denominator.
     let tiny = 1e-6;
-    let gates = di.size().max(tiny);
+    // With few tokens h hardly depends on q and k (for one token not at all, but for eps): what
+    // the numerator and the denominator contribute to dq and dk cancels.
+    let small = (dv.size() * 1e-2).max(tiny);
+    let gates = di.size().max(small);
     let dots = (errors.initial[0].size() * errors.last[0].size()).max(gates) + 1.0;
     let named = [
         ("h", errors.h, t.h, tiny),
@@ -355,13 +358,13 @@ fn check(case: &Case, errors: &Errors, tolerance: Tolerance) {
         ("c_last", errors.last[0], t.states, tiny),
         ("n_last", errors.last[1], t.n, tiny),
         ("m_last", errors.last[2], t.n, tiny),
-        ("dq", dq, t.gradients, tiny),
-        ("dk", dk, t.gradients, tiny),
+        ("dq", dq, t.gradients, small),
+        ("dk", dk, t.gradients, small),
         ("dv", dv, t.gradients, tiny),
-        ("di", di, t.gates, tiny),
+        ("di", di, t.gates, small),
         ("df", df, t.gates, gates + dots * 1e-2),
         ("dc_initial", errors.initial[0], t.states.max(t.gradients), tiny),
-        ("dn_initial", errors.initial[1], t.gradients.max(t.gates), tiny),
+        ("dn_initial", errors.initial[1], t.gradients.max(t.gates), small),
         ("dm_initial", errors.initial[2], t.gates, dots),
     ];
     let shown: Vec<String> =
@@ -496,7 +499,7 @@ fn a_huge_input_gate_and_a_row_of_ignored_tokens_are_right() {
         }
         for &level in Level::available() {
             let r = run(&case, &d, level, 1, &random);
-            check(&case, &compare(&case, &d, &r), F32);
+            check(&case, &compare(&case, &d, &r), F32.times(10.0));
             if gate < 0.0 {
                 assert!(r.h.rows(&[0, 0, 0], 2, 70).iter().all(|&h| h == 0.0));
             }
