@@ -16,6 +16,11 @@ PYTHON ?= python3
 CARGO ?= cargo
 CARGO_FLAGS ?= --locked
 FUZZ_SECONDS ?= 30
+# CPU=1 builds without the CUDA kernels, and so without nvcc.
+CPU ?=
+ifneq ($(CPU),)
+CARGO_FLAGS += --no-default-features
+endif
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 VENV := .venv
@@ -32,25 +37,39 @@ heading = @printf '\n==> %s\n' "$(1)"
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 	@echo
-	@echo 'Variables: PREFIX DESTDIR LIBDIR INCLUDEDIR (install), CC CXX PYTHON CARGO, FUZZ_SECONDS'
+	@echo 'Variables: PREFIX DESTDIR LIBDIR INCLUDEDIR (install), CC CXX PYTHON CARGO, FUZZ_SECONDS,'
+	@echo '  CPU=1 (no CUDA kernels), NVCC, CUDA_HOME'
 
 # ---- Building ---------------------------------------------------------------------------------
 
 .PHONY: setup
 setup: $(VENV)/.binding ## build everything: the library, ./.venv with torch, the Python package
 
+# The kernels' compiler: the caller's ($NVCC, $CUDA_HOME or PATH), else NVIDIA's wheels. All five
+# of one version: by themselves they would come in versions that do not fit each other.
+NVCC_WHEELS := $(addsuffix ==13.0.*,nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
+	nvidia-cuda-runtime nvidia-cuda-cccl)
+HAVE_NVCC := $(or $(CPU),$(NVCC),$(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc))
+NVCC_READY := $(if $(HAVE_NVCC),,$(VENV)/.nvcc)
+
+$(VENV)/.nvcc:
+	$(call heading,CUDA compiler in $(VENV))
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check $(NVCC_WHEELS)
+	@touch $@
+
 .PHONY: lib
 lib: $(TARGET)/release/libmlstm.so ## build libmlstm.so and libmlstm.a only
 
 .PHONY: FORCE
 # cargo knows what is stale, and leaves the file's time alone when nothing is.
-$(TARGET)/release/libmlstm.so: FORCE
+$(TARGET)/release/libmlstm.so: FORCE $(NVCC_READY)
 	$(call heading,libmlstm (release))
 	$(CARGO) build --release $(CARGO_FLAGS)
 
 # The stamps live in the venv, so that removing it starts afresh.
 $(VENV)/.requirements: $(REQUIREMENTS)
-	$(call heading,Python packages in $(VENV): torch is large, this can take minutes)
+	$(call heading,Python packages in $(VENV): torch is large and can take minutes)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 -m venv does not work: install it (Debian: apt install python3-venv)"; exit 1; }
 	$(PY) -m pip install --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
@@ -64,7 +83,7 @@ $(VENV)/.binding: $(VENV)/.requirements $(TARGET)/release/libmlstm.so include/ml
 	@touch $@
 
 .PHONY: header
-header: ## regenerate include/mlstm.h from src/capi
+header: $(NVCC_READY) ## regenerate include/mlstm.h from src/capi
 	MLSTM_UPDATE_HEADER=1 $(CARGO) test $(CARGO_FLAGS) --test header
 
 # ---- Installing -------------------------------------------------------------------------------
@@ -94,7 +113,7 @@ stage: lib
 test: setup check test-rust test-abi test-c test-install test-readme test-python ## all tests
 
 .PHONY: check
-check: $(VENV)/.requirements ## formatting and lints
+check: $(VENV)/.requirements $(NVCC_READY) ## formatting and lints
 	$(call heading,Formatting and lints)
 	$(CARGO) fmt --check
 	$(CARGO) clippy $(CARGO_FLAGS) --all-targets -- -D warnings
@@ -111,7 +130,7 @@ format: $(VENV)/.requirements ## format Rust, C, C++ and Python
 	$(VENV)/bin/ruff format .
 
 .PHONY: test-rust
-test-rust: ## Rust unit, integration and documentation tests, and the example
+test-rust: $(NVCC_READY) ## Rust unit, integration and documentation tests, and the example
 	$(call heading,Rust)
 	$(CARGO) test $(CARGO_FLAGS)
 	$(CARGO) run $(CARGO_FLAGS) --example chunkwise
@@ -141,6 +160,10 @@ test-python: setup ## Python tests
 	$(call heading,Python)
 	$(PY) -m pytest tests/python
 
+.PHONY: test-gpu
+test-gpu: lib ## tests that need a GPU, torch and pytest; not part of `test`
+	MLSTM_LIBRARY=$(TARGET)/release/libmlstm.so PYTHON=$(PYTHON) tests/gpu/run.sh
+
 # ---- Running ----------------------------------------------------------------------------------
 
 .PHONY: demo
@@ -150,6 +173,10 @@ demo: setup ## train a small xLSTM and let it write
 .PHONY: bench
 bench: setup ## benchmarks on the CPU
 	$(PY) benchmarks/cpu.py
+
+.PHONY: sanitize
+sanitize: ## C tests on a library built with AddressSanitizer (needs nightly Rust)
+	@tests/c/sanitize.sh build/sanitize
 
 .PHONY: fuzz
 fuzz: ## FUZZ_SECONDS of each fuzz target

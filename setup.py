@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -17,10 +17,14 @@ ROOT = Path(__file__).resolve().parent
 class BuildWithNativeFiles(build_py):
     def run(self):
         if not (ROOT / "bindings/python/mlstm/_lib/mlstm_torch.so").exists():
-            # Needs torch: pip's isolated builds have none.
             subprocess.run(["cargo", "build", "--release"], cwd=ROOT, check=True)
             subprocess.run([sys.executable, "bindings/torch/build.py"], cwd=ROOT, check=True)
         super().run()
+
+
+class Native(Distribution):
+    def has_ext_modules(self):
+        return True
 
 
 class AnyPython(bdist_wheel):
@@ -30,5 +34,6 @@ class AnyPython(bdist_wheel):
 
 setup(
     version=re.search(r'^version = "(.+)"', (ROOT / "Cargo.toml").read_text(), re.M)[1],
+    distclass=Native,
     cmdclass={"build_py": BuildWithNativeFiles, "bdist_wheel": AnyPython},
 )

@@ -7,10 +7,10 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::time::SystemTime;
 
 const ARCHS: &str = "80 90";
 
@@ -26,7 +26,10 @@ pub fn compile() -> Result<(), String> {
     let out = PathBuf::from(variable("OUT_DIR")?);
     let nvcc = find_nvcc(&root)?;
     let archs = std::env::var("MLSTM_CUDA_ARCHS").unwrap_or_else(|_| ARCHS.into());
-    let (sources, newest_header) = sources(&root.join("kernels"))?;
+    let (sources, headers) = sources(&root.join("kernels"))?;
+    // OUT_DIR is <target>/<profile>/build/<package>/out; profiles share the compiled kernels.
+    let cache = out.ancestors().nth(4).unwrap_or(&out).join("kernels");
+    fs::create_dir_all(&cache).map_err(|error| format!("error: {}: {error}", cache.display()))?;
 
     let queue = Mutex::new(sources.iter());
     let errors = Mutex::new(String::new());
@@ -35,8 +38,8 @@ pub fn compile() -> Result<(), String> {
         for _ in 0..jobs.clamp(1, sources.len().max(1)) {
             scope.spawn(|| {
                 while let Some(source) = queue.lock().ok().and_then(|mut queue| queue.next()) {
-                    let job = Job { nvcc: &nvcc, archs: &archs, source, out: &out };
-                    if let (Err(error), Ok(mut errors)) = (job.run(newest_header), errors.lock()) {
+                    let job = Job { nvcc: &nvcc, archs: &archs, source, headers: &headers };
+                    if let (Err(error), Ok(mut errors)) = (job.run(&cache, &out), errors.lock()) {
                         let _ = writeln!(errors, "{error}");
                     }
                 }
@@ -76,25 +79,22 @@ fn find_nvcc(root: &Path) -> Result<PathBuf, String> {
     })
 }
 
-/// The .cu files, and when the newest of the headers changed.
-fn sources(folder: &Path) -> Result<(Vec<PathBuf>, SystemTime), String> {
+/// The .cu files, and the text of all headers.
+fn sources(folder: &Path) -> Result<(Vec<PathBuf>, String), String> {
     let failed = |error| format!("cannot read {}: {error}", folder.display());
-    let mut sources = Vec::new();
-    let mut newest = SystemTime::UNIX_EPOCH;
+    let (mut sources, mut headers) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("cu") => sources.push(path),
-            Some("cuh" | "rs") => newest = newest.max(modified(&path).unwrap_or(newest)),
+            Some("cuh") => headers.push(path),
             _ => {}
         }
     }
     sources.sort();
-    Ok((sources, newest))
-}
-
-fn modified(path: &Path) -> Option<SystemTime> {
-    fs::metadata(path).and_then(|data| data.modified()).ok()
+    headers.sort();
+    let texts: Result<Vec<String>, _> = headers.iter().map(fs::read_to_string).collect();
+    Ok((sources, texts.map_err(failed)?.concat()))
 }
 
 fn stem(path: &Path) -> String {
@@ -105,28 +105,32 @@ struct Job<'a> {
     nvcc: &'a Path,
     archs: &'a str,
     source: &'a Path,
-    out: &'a Path,
+    headers: &'a str,
 }
 
 impl Job<'_> {
-    fn run(&self, newest_header: SystemTime) -> Result<(), String> {
+    fn run(&self, cache: &Path, out: &Path) -> Result<(), String> {
         let name = stem(self.source);
-        let target = self.out.join(format!("{name}.fatbin"));
-        let stamp = self.out.join(format!("{name}.stamp"));
+        let failed = |error| format!("error: {}: {error}", self.source.display());
         let mut command = Command::new(self.nvcc);
         command
             .args(["-fatbin", "-std=c++17", "-O3", "-Xptxas=-v", "-Xfatbin=-compress-all"])
-            .args(self.code(&name))
-            .arg("-o")
-            .arg(&target)
-            .arg(self.source);
-        // Kernels take minutes to compile, and a change elsewhere need not compile them again.
-        let line = format!("{command:?}");
-        let newest_source = modified(self.source).unwrap_or(newest_header).max(newest_header);
-        let done = modified(&target).is_some_and(|built| built > newest_source);
-        if done && fs::read_to_string(&stamp).is_ok_and(|built_by| built_by == line) {
-            return Ok(());
+            .args(self.code(&name));
+        // Kernels take minutes to compile; what has been compiled before is kept.
+        let mut hasher = DefaultHasher::new();
+        (format!("{command:?}"), self.headers).hash(&mut hasher);
+        fs::read_to_string(self.source).map_err(failed)?.hash(&mut hasher);
+        let done = cache.join(format!("{name}-{:016x}.fatbin", hasher.finish()));
+        if !done.is_file() {
+            // Under a name of its own first: another build may be at it too.
+            let fresh = cache.join(format!("{name}-{}.tmp", std::process::id()));
+            self.compile(command.arg("-o").arg(&fresh).arg(self.source))?;
+            fs::rename(&fresh, &done).map_err(failed)?;
         }
+        fs::copy(&done, out.join(format!("{name}.fatbin"))).map(|_| ()).map_err(failed)
+    }
+
+    fn compile(&self, command: &mut Command) -> Result<(), String> {
         let output = command
             .output()
             .map_err(|error| format!("error: cannot run {}: {error}", self.nvcc.display()))?;
@@ -134,14 +138,13 @@ impl Job<'_> {
         if !output.status.success() {
             return Err(format!("error: nvcc failed on {}:\n{log}", self.source.display()));
         }
-        if let Err(what) = check(&log) {
-            let what = format!("{}: {what}", self.source.display());
-            if std::env::var_os("MLSTM_CUDA_SLOW").is_none() {
-                return Err(format!("error: {what}"));
-            }
-            println!("cargo:warning={what}");
+        let Err(what) = check(&log) else { return Ok(()) };
+        let what = format!("{}: {what}", self.source.display());
+        if std::env::var_os("MLSTM_CUDA_SLOW").is_none() {
+            return Err(format!("error: {what}"));
         }
-        fs::write(&stamp, line).map_err(|error| format!("error: {}: {error}", stamp.display()))
+        println!("cargo:warning={what}");
+        Ok(())
     }
 
     fn code(&self, name: &str) -> Vec<String> {

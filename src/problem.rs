@@ -335,7 +335,8 @@ fn check_volume(problem: &Problem) -> Result<()> {
     let p = problem;
     let widest = p.dhqk.max(p.dhhv);
     let state_rows = p.state_rows().max(p.num_slots);
-    let chunks = p.s.checked_add(p.state_rows());
+    // Packed sequences each end in a chunk of their own.
+    let chunks = p.s.checked_add(p.num_seqs.unwrap_or(0));
     let fits = bytes(&[p.b, p.nh, p.s, widest]).is_some()
         && bytes(&[state_rows, p.nh, p.dhqk, p.dhhv]).is_some()
         && chunks.is_some_and(|rows| bytes(&[p.b, p.nh, rows, widest, 16]).is_some());

@@ -106,6 +106,27 @@ struct Extent {
 }
 
 impl View {
+    /// Strides that no index walks along are whatever the caller left there: 0 from here on, so
+    /// that kernels may compute with them.
+    pub(crate) fn new(
+        data: *mut u8,
+        dtype: DType,
+        rank: usize,
+        shape: [i64; MAX_RANK],
+        stride: [i64; MAX_RANK],
+    ) -> Self {
+        let mut view = Self { data, shape, stride, dtype, rank };
+        for (dim, (size, stride)) in view.shape.iter_mut().zip(&mut view.stride).enumerate() {
+            if dim >= rank {
+                *size = 0;
+            }
+            if *size < 2 {
+                *stride = 0;
+            }
+        }
+        view
+    }
+
     /// Sizes of the used dimensions.
     pub fn shape(&self) -> &[i64] {
         self.shape.get(..self.rank).unwrap_or(&self.shape)
@@ -121,14 +142,12 @@ impl View {
         self.shape().contains(&0)
     }
 
-    /// Whether both are the same elements at the same place; strides that reach nothing differ
-    /// freely.
+    /// Whether both are the same elements at the same place.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
-        let strides = || self.strides().iter().zip(other.strides());
         self.data == other.data
             && self.dtype == other.dtype
             && self.shape() == other.shape()
-            && self.shape().iter().zip(strides()).all(|(&size, (a, b))| size < 2 || a == b)
+            && self.strides() == other.strides()
     }
 
     /// Saturating: four products of 64-bit numbers can exceed 128 bits, and whatever does is far
@@ -347,13 +366,12 @@ fn view_of_slice(
     if shape.iter().any(|&size| size < 0) {
         return Err(Error::invalid("tensor.shape", "sizes >= 0", format!("{shape:?}")));
     }
-    let mut view = View { data, shape: [0; 4], stride: [0; 4], dtype, rank: shape.len() };
-    for (slot, &size) in view.shape.iter_mut().zip(shape) {
-        *slot = size;
-    }
-    for (slot, &step) in view.stride.iter_mut().zip(stride) {
-        *slot = step;
-    }
+    let padded = |numbers: &[i64]| {
+        let mut all = [0; MAX_RANK];
+        all.iter_mut().zip(numbers).for_each(|(slot, &number)| *slot = number);
+        all
+    };
+    let view = View::new(data, dtype, shape.len(), padded(shape), padded(stride));
     let (extent, base) = (view.extent(), data as usize as i128);
     let end = base + (len * dtype.size()) as i128;
     if !view.is_empty() && (extent.low < base || extent.high > end) {

@@ -20,8 +20,13 @@ LIB = ROOT / "bindings" / "python" / "mlstm" / "_lib"
 
 def build(library: Path, cxx: str) -> None:
     """Fills `LIB` from `library`, a built libmlstm.so."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit(
+            "this Python has no torch to compile against (pip's isolated builds never have one): "
+            "run `python bindings/torch/build.py` with one that has, then pip"
+        ) from None
     if not library.exists():
         raise SystemExit(f"{library} is not there: run `cargo build --release` first")
     (LIB / "include").mkdir(parents=True, exist_ok=True)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Train a small xLSTM on real text, watch it learn, let it write, check that the kernels agree.
 
     python examples/python/demo.py                  # Python's own documentation, about two minutes
@@ -10,12 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+
+# Read when torch is loaded. Threads that spin while they wait cost a busy machine dearly.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from matplotlib.figure import Figure
@@ -99,7 +104,7 @@ def plot(history: History, path: Path) -> None:
     """The loss curve as a picture."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(range(1, len(history.train) + 1), history.train, color="tab:blue", alpha=0.5)
+    axes.plot(range(1, len(history.train) + 1), history.train, color="tab:blue", alpha=0.5, lw=0.8)
     axes.plot(*zip(*history.held_out, strict=True), "o-", color="tab:orange")
     axes.legend(["training batches", "held-out text"], frameon=False)
     axes.set(xlabel="step", ylabel="bits per byte", title="xLSTM, byte level")

@@ -126,13 +126,8 @@ fn optional(name: &str, tensor: &mlstm_tensor) -> Result<Option<View>> {
     if shape.iter().any(|&size| size < 0) {
         return Err(Error::invalid(format!("{name}.shape"), "sizes >= 0", format!("{shape:?}")));
     }
-    Ok(Some(View {
-        data: tensor.data.cast(),
-        shape: tensor.shape,
-        stride: tensor.stride,
-        dtype: dtype(&format!("{name}.dtype"), tensor.dtype)?,
-        rank,
-    }))
+    let dtype = dtype(&format!("{name}.dtype"), tensor.dtype)?;
+    Ok(Some(View::new(tensor.data.cast(), dtype, rank, tensor.shape, tensor.stride)))
 }
 
 fn required(name: &str, tensor: &mlstm_tensor) -> Result<View> {

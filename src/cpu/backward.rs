@@ -18,7 +18,7 @@ use super::layout::{Layout, Memory, Scratch, Vector};
 use super::level::Level;
 use super::pool;
 use super::real::Real;
-use super::states::{Active, SLICE, Slice, Sweep};
+use super::states::{Active, SLICE, Slice, Sweep, Task};
 use super::table::{Compute, Kernels, Left};
 use super::vecops::{Mat, TILE, padded};
 use super::wave::for_each_wave;
@@ -57,9 +57,12 @@ pub(crate) fn run<T: Compute>(
     let problem = &op.problem;
     let layout = Layout::new::<T>(problem, plan)?;
     workspace.check(layout.bytes)?;
-    let lanes =
-        Lanes::new(problem, layout.chunk, layout.chunks_per_head, op.tensors.cu_seqlens)?;
+    let lanes = Lanes::new(problem, layout.chunk, layout.chunks_per_head, op.tensors.cu_seqlens)?;
     let t = &op.tensors;
+    if problem.s == 0 && t.dc_initial.is_none() {
+        // Nothing to write, for however many heads that have no memory behind them.
+        return Ok(());
+    }
     let backward = Backward::<T> {
         problem,
         tensors: t,
@@ -85,8 +88,7 @@ impl<T: Real> Backward<'_, T> {
     fn wave(&self, wave: &[Active], layout: &Layout, threads: usize) {
         pool::for_each(threads, wave.len(), |index, _| {
             let t = self.tensors;
-            let views =
-                GateViews { i: t.i, f: t.f, m_initial: t.m_initial, m: None, m_last: None };
+            let views = GateViews { i: t.i, f: t.f, m_initial: t.m_initial, m: None, m_last: None };
             // SAFETY: one task per lane.
             unsafe { gates::scan(self.problem, &views, &wave[index].lane, &self.memory) }
         });
@@ -191,50 +193,50 @@ impl<T: Real> Backward<'_, T> {
 
     /// States and state gradients of the lane's group whose turn it is, columns of `slice`.
     fn states(&self, active: &Active, turn: usize, slice: Slice, worker: usize) {
-        let (t, layout, lane) = (self.tensors, self.memory.layout, &active.lane);
+        let (t, layout) = (self.tensors, self.memory.layout);
         let groups = active.groups(layout).max(1);
         let Some(group) = groups.checked_sub(turn + 1) else { return };
         let scratch = &self.memory.scratch(worker);
-        let sweep =
-            Sweep { kernels: self.kernels, memory: self.memory, dtype: self.problem.dtype };
+        let sweep = Sweep { kernels: self.kernels, memory: self.memory, dtype: self.problem.dtype };
         let chunks = active.group(group, layout);
         let empty = active.chunks == 0;
-        let (kv, zero, how) = ((&t.k, &t.v), !self.initial, (true, scratch));
+        let (kv, zero) = ((&t.k, &t.v), !self.initial);
+        let task = Task { active, slice, scratch, transposed: true };
         // SAFETY: one task per lane and slice.
         unsafe {
             if turn == 0 {
                 if self.initial || empty {
                     let from = (t.c_initial.as_ref(), t.n_initial.as_ref());
-                    sweep.import(from, lane, active.state(0), slice, how);
+                    sweep.import(&task, from, active.state(0));
                     if groups > 1 {
-                        sweep.checkpoint(active, 0, slice, false);
+                        sweep.checkpoint(&task, 0, false);
                     }
                 }
                 let end = if self.last { active.chunks } else { active.chunks.saturating_sub(1) };
-                sweep.forward(kv, active, 0..end, zero, slice, how, |chunk| {
+                sweep.forward(&task, kv, 0..end, zero, |chunk| {
                     let next = chunk + 1;
                     if next < active.chunks && next.is_multiple_of(layout.group) {
-                        sweep.checkpoint(active, next / layout.group, slice, false);
+                        sweep.checkpoint(&task, next / layout.group, false);
                     }
                 });
                 if self.last || empty {
                     let from = (t.dc_last.as_ref(), t.dn_last.as_ref());
-                    sweep.import(from, lane, active.gradient(active.chunks), slice, how);
+                    sweep.import(&task, from, active.gradient(active.chunks));
                 }
             } else {
                 if self.initial || group > 0 {
-                    sweep.checkpoint(active, group, slice, true);
+                    sweep.checkpoint(&task, group, true);
                 }
                 // The state after the group is the one before the group that was done last.
                 let again = chunks.start..chunks.end - 1;
-                sweep.forward(kv, active, again, zero, slice, how, |_| ());
+                sweep.forward(&task, kv, again, zero, |_| ());
             }
             let start = chunks.start.max(usize::from(!self.first));
             let dq = (&t.q, &t.dh, self.qk_scale);
-            sweep.reverse(dq, active, start..chunks.end, !self.last, slice, scratch);
+            sweep.reverse(&task, dq, start..chunks.end, !self.last);
             if group == 0 && self.first {
                 let to = (t.dc_initial.as_ref(), t.dn_initial.as_ref());
-                sweep.export(to, lane, active.gradient(0), slice, how);
+                sweep.export(&task, to, active.gradient(0));
             }
         }
     }
@@ -247,10 +249,8 @@ impl<T: Real> Backward<'_, T> {
         if tile >= count {
             return;
         }
-        let tiles = |index: usize| Tile {
-            start: start + index * TILE,
-            len: TILE.min(len - index * TILE),
-        };
+        let tiles =
+            |index: usize| Tile { start: start + index * TILE, len: TILE.min(len - index * TILE) };
         let scratch = self.memory.scratch(worker);
         let incoming = self.last || chunk + 1 < active.chunks;
         // SAFETY: the task owns the worker's scratch and writes its own tile of the outputs only.
@@ -336,11 +336,11 @@ impl<T: Real> Backward<'_, T> {
             for row in (0..queries.len).step_by(block) {
                 let m = block.min(queries.len - row);
                 let n = if causal { padded(row + m) } else { padded(keys.len) };
-                let dh = Left::plain(scratch.o.from_row(row));
-                let (ds, zero) = (scratch.ds.from_row(row), T::ZERO);
+                let dh = Left::plain(scratch.o.below(row));
+                let (ds, zero) = (scratch.ds.below(row), T::ZERO);
                 kernels.multiply(dh, scratch.vt, (m, n, layout.dv), zero, ds);
                 if want_p {
-                    let (q, p) = (Left::plain(scratch.q.from_row(row)), scratch.p.from_row(row));
+                    let (q, p) = (Left::plain(scratch.q.below(row)), scratch.p.below(row));
                     kernels.multiply(q, scratch.kt, (m, n, layout.dk), zero, p);
                 }
             }
@@ -389,8 +389,8 @@ impl<T: Real> Backward<'_, T> {
                 for row in (0..own.len).step_by(block) {
                     let m = block.min(own.len - row);
                     let k = if causal { row + m } else { keys.len };
-                    let ds = Left::plain(scratch.ds.from_row(row));
-                    let dq = scratch.dq.from_row(row);
+                    let ds = Left::plain(scratch.ds.below(row));
+                    let dq = scratch.dq.below(row);
                     kernels.multiply(ds, scratch.k, (m, cols, k), beta, dq);
                 }
                 beta = T::ONE;
@@ -464,13 +464,13 @@ impl<T: Real> Backward<'_, T> {
                     let first = if causal { col } else { 0 };
                     let k = queries.len - first;
                     let at = |x: Mat<T>| {
-                        let x = x.from_row(first);
+                        let x = x.below(first);
                         Left::transposed(Mat { p: x.p.wrapping_add(col), ld: x.ld })
                     };
-                    let (q, dh) = (scratch.q.from_row(first), scratch.o.from_row(first));
-                    let dk = scratch.dk.from_row(col);
+                    let (q, dh) = (scratch.q.below(first), scratch.o.below(first));
+                    let dk = scratch.dk.below(col);
                     kernels.multiply(at(scratch.ds), q, (m, cols, k), beta, dk);
-                    let dv = scratch.dv.from_row(col);
+                    let dv = scratch.dv.below(col);
                     kernels.multiply(at(scratch.p), dh, (m, dv_cols, k), beta, dv);
                 }
                 beta = T::ONE;

@@ -7,7 +7,7 @@ use super::layout::{Layout, Memory, Vector};
 use super::level::Level;
 use super::pool;
 use super::real::Real;
-use super::states::{Active, SLICE, Slice, Sweep};
+use super::states::{Active, SLICE, Slice, Sweep, Task};
 use super::table::{Compute, Kernels, Left};
 use super::vecops::{Mat, TILE, padded};
 use super::wave::for_each_wave;
@@ -49,9 +49,12 @@ pub(crate) fn run<T: Compute>(
     let problem = &op.problem;
     let layout = Layout::new::<T>(problem, plan)?;
     workspace.check(layout.bytes)?;
-    let lanes =
-        Lanes::new(problem, layout.chunk, layout.chunks_per_head, op.tensors.cu_seqlens)?;
+    let lanes = Lanes::new(problem, layout.chunk, layout.chunks_per_head, op.tensors.cu_seqlens)?;
     let t = &op.tensors;
+    if problem.s == 0 && t.c_last.is_none() {
+        // Nothing to write, for however many heads that have no memory behind them.
+        return Ok(());
+    }
     let forward = Forward::<T> {
         problem,
         tensors: t,
@@ -104,12 +107,8 @@ impl<T: Real> Forward<'_, T> {
         let t = self.tensors;
         let layout = self.memory.layout;
         let scratch = &self.memory.scratch(worker);
-        let sweep = Sweep {
-            kernels: self.kernels,
-            memory: self.memory,
-            dtype: self.problem.dtype,
-        };
-        let lane = &active.lane;
+        let sweep = Sweep { kernels: self.kernels, memory: self.memory, dtype: self.problem.dtype };
+        let task = Task { active, slice, scratch, transposed: false };
         let mut chunks = active.group(group, layout);
         let ends = chunks.end == active.chunks && (group == 0 || !chunks.is_empty());
         if ends && !self.last {
@@ -119,13 +118,12 @@ impl<T: Real> Forward<'_, T> {
         unsafe {
             if group == 0 && (self.initial || active.chunks == 0) {
                 let from = (t.c_initial.as_ref(), t.n_initial.as_ref());
-                sweep.import(from, lane, active.state(0), slice, (false, scratch));
+                sweep.import(&task, from, active.state(0));
             }
-            let zero = !self.initial;
-            sweep.forward((&t.k, &t.v), active, chunks, zero, slice, (false, scratch), |_| ());
+            sweep.forward(&task, (&t.k, &t.v), chunks, !self.initial, |_| ());
             if ends && self.last {
                 let to = (t.c_last.as_ref(), t.n_last.as_ref());
-                sweep.export(to, lane, active.state(active.chunks), slice, (false, scratch));
+                sweep.export(&task, to, active.state(active.chunks));
             }
         }
     }
@@ -189,9 +187,8 @@ impl<T: Real> Forward<'_, T> {
                     // underflows, so does the product.
                     let other_step = vector(Vector::Step, other_start);
                     gates::decay_to(kernels, step, rows, between, row_decay);
-                    let passed = gates::decay_from(
-                        kernels, other_step, source, cols, 0.0, col_decay,
-                    );
+                    let passed =
+                        gates::decay_from(kernels, other_step, source, cols, 0.0, col_decay);
                     (kernels.outer)(row_decay, col_decay, size, scratch.d);
                     between += passed;
                 }
@@ -199,7 +196,7 @@ impl<T: Real> Forward<'_, T> {
                 for row in (0..rows).step_by(block) {
                     let count = block.min(rows - row);
                     let n = if causal { padded(row + count) } else { padded(cols) };
-                    let (a, out) = (scratch.q.from_row(row), scratch.p.from_row(row));
+                    let (a, out) = (scratch.q.below(row), scratch.p.below(row));
                     let size = (count, n, layout.dk);
                     kernels.multiply(Left::plain(a), scratch.kt, size, T::ZERO, out);
                 }
@@ -207,7 +204,7 @@ impl<T: Real> Forward<'_, T> {
                 for row in (0..rows).step_by(block) {
                     let count = block.min(rows - row);
                     let k = if causal { row + count } else { cols };
-                    let (a, out) = (scratch.p.from_row(row), scratch.o.from_row(row));
+                    let (a, out) = (scratch.p.below(row), scratch.o.below(row));
                     let size = (count, padded(layout.dv), k);
                     kernels.multiply(Left::plain(a), scratch.v, size, beta, out);
                 }

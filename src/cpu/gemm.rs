@@ -4,6 +4,7 @@
 //! B and the result are row-major with rows padded to whole vectors. Each element of the result is
 //! one chain of multiply-adds over the inner dimension, whatever the blocking: slicing the columns
 //! of a product over tasks does not change its bits.
+#![allow(clippy::needless_range_loop, reason = "indices run over registers, and are unrolled")]
 
 use super::real::Real;
 use super::simd::Simd;
@@ -108,8 +109,11 @@ unsafe fn micro_any<S: Simd>(rows: usize, vectors: usize, tile: &Tile<S::T>) {
     if S::NR <= 2 {
         pick!((6, 2)(6, 1)(5, 2)(5, 1)(4, 2)(4, 1)(3, 2)(3, 1)(2, 2)(2, 1)(1, 2)(1, 1));
     } else {
-        pick!((6, 4)(6, 3)(6, 2)(6, 1)(5, 4)(5, 3)(5, 2)(5, 1)(4, 4)(4, 3)(4, 2)(4, 1)
-              (3, 4)(3, 3)(3, 2)(3, 1)(2, 4)(2, 3)(2, 2)(2, 1)(1, 4)(1, 3)(1, 2)(1, 1));
+        pick!(
+            (6, 4)(6, 3)(6, 2)(6, 1)(5, 4)(5, 3)(5, 2)(5, 1)(4, 4)(4, 3)(4, 2)(4, 1)(3, 4)(3, 3)(
+                3, 2
+            )(3, 1)(2, 4)(2, 3)(2, 2)(2, 1)(1, 4)(1, 3)(1, 2)(1, 1)
+        );
     }
 }
 

@@ -233,10 +233,8 @@ impl<'a, T> Memory<'a, T> {
         let base = self.at(layout.scratch).wrapping_add(worker * layout.scratch_len);
         let (_, r) = layout.matrices::<T>(self.backward);
         let (ldk, ldv) = (leading(layout.dk), leading(layout.dv));
-        let mat = |index: usize, ld: usize| Mat::<T> {
-            p: base.wrapping_add(r[index].offset).cast(),
-            ld,
-        };
+        let mat =
+            |index: usize, ld: usize| Mat::<T> { p: base.wrapping_add(r[index].offset).cast(), ld };
         Scratch {
             q: mat(0, ldk),
             k: mat(1, ldk),

@@ -273,7 +273,8 @@ fn read_out_backward(cell: &Cell, state: &State, n: f64, dh_h: f64, dm: &mut f64
             if n.abs() > floor {
                 d_den * n.signum()
             } else {
-                *dm -= d_den * floor;
+                // An infinite floor (m far below zero) leaves h = 0, and nothing to pass on.
+                *dm -= if floor.is_finite() { d_den * floor } else { 0.0 };
                 0.0
             }
         }

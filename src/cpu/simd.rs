@@ -40,6 +40,10 @@ pub(crate) trait Simd: 'static {
     unsafe fn load_f16(p: *const u16) -> Self::V;
     unsafe fn store_f16(p: *mut u16, v: Self::V);
 
+    /// Asks for the cache line at `p`, which need not be valid.
+    #[inline(always)]
+    fn prefetch(_p: *const u8) {}
+
     /// Side of the square that [`Simd::transpose`] handles.
     const SQUARE: usize;
     /// Transposes one square; `dst` must not overlap `src`.

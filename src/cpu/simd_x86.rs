@@ -1,4 +1,5 @@
 //! AVX2 and AVX-512 vectors.
+#![allow(clippy::needless_range_loop, reason = "indices run over registers, and are unrolled")]
 #![allow(clippy::undocumented_unsafe_blocks, reason = "one contract, that of the Simd trait")]
 
 use std::arch::x86_64::*;
@@ -99,6 +100,11 @@ impl Simd for Avx512<f32> {
             let half = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v);
             _mm256_storeu_si256(p.cast(), half);
         }
+    }
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: a hint; SSE is the baseline.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     const SQUARE: usize = 16;
     #[inline(always)]
@@ -231,6 +237,11 @@ impl Simd for Avx2<f32> {
             _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v));
         }
     }
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: a hint; SSE is the baseline.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
     const SQUARE: usize = 8;
     #[inline(always)]
     unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize) {
@@ -343,6 +354,11 @@ macro_rules! f64_vectors {
                     unsafe { *p.add(i) = half::f16::from_f64(*lane).to_bits() };
                 }
             }
+            #[inline(always)]
+            fn prefetch(p: *const u8) {
+                // SAFETY: a hint; SSE is the baseline.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+            }
             const SQUARE: usize = 4;
             #[inline(always)]
             unsafe fn transpose(src: *const f64, lds: usize, dst: *mut f64, ldd: usize) {
@@ -356,10 +372,28 @@ macro_rules! f64_vectors {
     };
 }
 f64_vectors!(
-    Avx512, __m512d, 8, 6, 4, _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_add_pd,
-    _mm512_mul_pd, _mm512_fmadd_pd
+    Avx512,
+    __m512d,
+    8,
+    6,
+    4,
+    _mm512_set1_pd,
+    _mm512_loadu_pd,
+    _mm512_storeu_pd,
+    _mm512_add_pd,
+    _mm512_mul_pd,
+    _mm512_fmadd_pd
 );
 f64_vectors!(
-    Avx2, __m256d, 4, 6, 2, _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_add_pd,
-    _mm256_mul_pd, _mm256_fmadd_pd
+    Avx2,
+    __m256d,
+    4,
+    6,
+    2,
+    _mm256_set1_pd,
+    _mm256_loadu_pd,
+    _mm256_storeu_pd,
+    _mm256_add_pd,
+    _mm256_mul_pd,
+    _mm256_fmadd_pd
 );

@@ -5,7 +5,7 @@
 use super::gates;
 use super::gemm::Gemm;
 use super::lanes::{Lane, state_rows, token_rows};
-use super::layout::{Layout, Memory, Scratch, TILE_LD, Vector};
+use super::layout::{Layout, Memory, Scratch, Vector};
 use super::real::Real;
 use super::table::Kernels;
 use super::vecops::{Mat, Rows, TILE, padded};
@@ -87,6 +87,15 @@ pub(crate) struct Sweep<'a, T: 'static> {
     pub dtype: DType,
 }
 
+/// What one task works on: columns of one lane's states, with its worker's scratch.
+pub(crate) struct Task<'a, T> {
+    pub active: &'a Active,
+    pub slice: Slice,
+    pub scratch: &'a Scratch<T>,
+    /// States are (DHQK, DHHV) if false, else (DHHV, DHQK).
+    pub transposed: bool,
+}
+
 /// One update of a state: `out = beta * old + (rows of A)^T diag(weight) (rows of B)`.
 struct Update<T> {
     a: Rows,
@@ -105,9 +114,10 @@ impl<T: Real> Sweep<'_, T> {
     /// `scratch.d`.
     ///
     /// # Safety
-    /// The update's pointers are valid, and no other thread touches the slice or the scratch.
-    unsafe fn update(&self, u: &Update<T>, slice: Slice, scratch: &Scratch<T>) {
-        let kernels = self.kernels;
+    /// The update's pointers are valid. Here and below, no other thread touches the task's slice
+    /// of the lane's states, or its scratch.
+    unsafe fn update(&self, task: &Task<'_, T>, u: &Update<T>) {
+        let (kernels, slice, scratch) = (self.kernels, task.slice, task.scratch);
         let b = scratch.d;
         // SAFETY: the caller's contract; scratch matrices hold TILE rows of these widths.
         unsafe {
@@ -142,21 +152,20 @@ impl<T: Real> Sweep<'_, T> {
         }
     }
 
-    /// Forward states of `chunks`, (DHQK, DHHV) if `transposed` is false, else (DHHV, DHQK).
-    /// `zero` says that the state before chunk 0 is zero and not in memory.
+    /// The states after each of `chunks`. `zero` says that the state before chunk 0 is zero and
+    /// not in memory.
     ///
     /// # Safety
-    /// The states before the first chunk are there; no other thread touches the slice.
+    /// The state before the first of `chunks` is there.
     pub(crate) unsafe fn forward(
         &self,
+        task: &Task<'_, T>,
         (k, v): (&View, &View),
-        active: &Active,
         chunks: std::ops::Range<usize>,
         zero: bool,
-        slice: Slice,
-        (transposed, scratch): (bool, &Scratch<T>),
         mut after_chunk: impl FnMut(usize),
     ) {
+        let Task { active, slice, scratch, transposed } = *task;
         let layout = self.memory.layout;
         let lane = &active.lane;
         let weight = scratch.vectors.row(0);
@@ -195,7 +204,7 @@ impl<T: Real> Sweep<'_, T> {
                     let scale = T::ONE;
                     let update =
                         Update { a, a_cols, b, tokens, weight, scale, beta, old, out: after };
-                    self.update(&update, slice, scratch);
+                    self.update(task, &update);
                     let ((_, n_old), (_, n_out)) = (self.memory.slot(old), self.memory.slot(after));
                     if transposed {
                         let rows = scratch.d;
@@ -221,20 +230,19 @@ impl<T: Real> Sweep<'_, T> {
         }
     }
 
-    /// Gradients of the states of `chunks`, last chunk first, (DHHV, DHQK). `zero` says that the
+    /// Gradients of the states before each of `chunks`, last chunk first. `zero` says that the
     /// gradient of the last state is zero and not in memory.
     ///
     /// # Safety
-    /// The gradient after the last chunk is there; no other thread touches the slice.
+    /// The gradient after the last of `chunks` is there.
     pub(crate) unsafe fn reverse(
         &self,
+        task: &Task<'_, T>,
         (q, dh, qk_scale): (&View, &View, T),
-        active: &Active,
         chunks: std::ops::Range<usize>,
         zero: bool,
-        slice: Slice,
-        scratch: &Scratch<T>,
     ) {
+        let Task { active, slice, scratch, .. } = *task;
         let layout = self.memory.layout;
         let lane = &active.lane;
         let weight = scratch.vectors.row(0);
@@ -252,8 +260,7 @@ impl<T: Real> Sweep<'_, T> {
                 let mut before = 0.0;
                 for first in (0..len).step_by(TILE) {
                     let tokens = TILE.min(len - first);
-                    before =
-                        gates::decay_to(self.kernels, step.add(first), tokens, before, weight);
+                    before = gates::decay_to(self.kernels, step.add(first), tokens, before, weight);
                     let inverse = vector(Vector::Inverse).add(first);
                     for t in 0..tokens {
                         *weight.add(t) = *weight.add(t) * *inverse.add(t);
@@ -263,7 +270,7 @@ impl<T: Real> Sweep<'_, T> {
                     let a = token_rows(dh, lane, start + first);
                     let (a_cols, scale) = (layout.dv, qk_scale);
                     let update = Update { a, a_cols, b, tokens, weight, scale, beta, old, out };
-                    self.update(&update, slice, scratch);
+                    self.update(task, &update);
                     let ((_, n_old), (_, n_out)) = (self.memory.slot(old), self.memory.slot(out));
                     (self.kernels.column_sums)(
                         scratch.d,
@@ -279,18 +286,18 @@ impl<T: Real> Sweep<'_, T> {
         }
     }
 
-    /// Brings a slice of a user's state (zeros if absent) into a slot, transposed if asked for.
+    /// Brings the slice of a user's state (zeros if absent) into a slot.
     ///
     /// # Safety
-    /// No other thread touches the slice or the scratch.
+    /// As [`Sweep::update`].
     pub(crate) unsafe fn import(
         &self,
+        task: &Task<'_, T>,
         (c, n): (Option<&View>, Option<&View>),
-        lane: &Lane,
         slot: usize,
-        slice: Slice,
-        (transposed, scratch): (bool, &Scratch<T>),
     ) {
+        let Task { active, slice, scratch, transposed } = *task;
+        let lane = &active.lane;
         let layout = self.memory.layout;
         let (mat, vec) = self.memory.slot(slot);
         let (null, width) = (std::ptr::null(), padded(slice.count));
@@ -341,18 +348,18 @@ impl<T: Real> Sweep<'_, T> {
         }
     }
 
-    /// Writes a slice of a slot to a user's state, transposed if the slot is.
+    /// Writes the slice of a slot to a user's state.
     ///
     /// # Safety
-    /// As [`Sweep::import`].
+    /// As [`Sweep::update`].
     pub(crate) unsafe fn export(
         &self,
+        task: &Task<'_, T>,
         (c, n): (Option<&View>, Option<&View>),
-        lane: &Lane,
         slot: usize,
-        slice: Slice,
-        (transposed, scratch): (bool, &Scratch<T>),
     ) {
+        let Task { active, slice, scratch, transposed } = *task;
+        let lane = &active.lane;
         let layout = self.memory.layout;
         let (mat, vec) = self.memory.slot(slot);
         let null = std::ptr::null();
@@ -365,11 +372,7 @@ impl<T: Real> Sweep<'_, T> {
                     let width = padded(slice.count);
                     for first in (0..layout.dv).step_by(TILE) {
                         let count = TILE.min(layout.dv - first);
-                        (self.kernels.transpose)(
-                            columns.from_row(first),
-                            (count, width),
-                            scratch.p,
-                        );
+                        (self.kernels.transpose)(columns.below(first), (count, width), scratch.p);
                         let rows = state_rows(view, lane, slice.first, first);
                         store(scratch.p, (slice.count, count), null, T::ONE, rows);
                     }
@@ -391,14 +394,9 @@ impl<T: Real> Sweep<'_, T> {
     /// Copies the slice of a state to or from the checkpoint of a group.
     ///
     /// # Safety
-    /// As [`Sweep::import`].
-    pub(crate) unsafe fn checkpoint(
-        &self,
-        active: &Active,
-        group: usize,
-        slice: Slice,
-        restore: bool,
-    ) {
+    /// As [`Sweep::update`].
+    pub(crate) unsafe fn checkpoint(&self, task: &Task<'_, T>, group: usize, restore: bool) {
+        let Task { active, slice, .. } = *task;
         let state = active.state(group * self.memory.layout.group);
         let kept = active.checkpoint(group);
         let (from, to) = if restore { (kept, state) } else { (state, kept) };

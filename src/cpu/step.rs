@@ -31,8 +31,7 @@ pub(crate) struct StepLayout {
 
 impl StepLayout {
     pub(crate) fn new<T>(problem: &Problem) -> Result<Self> {
-        let (tokens, dk, dv) =
-            (problem.s as usize, problem.dhqk as usize, problem.dhhv as usize);
+        let (tokens, dk, dv) = (problem.s as usize, problem.dhqk as usize, problem.dhhv as usize);
         let mut scratch = Carver::default();
         let (wide_k, wide_v) = (tokens * leading(dk), tokens * leading(dv));
         let matrices = [wide_k, wide_k, wide_v, wide_v, padded(dk), 2 * padded(tokens)]
@@ -235,7 +234,7 @@ impl<T: Real> Stepper<'_, T> {
                 let keep = T::from_f64(gate.step.exp());
                 *decay.add(token) = keep;
                 let weight = T::from_f64(gate.source.exp());
-                let (krow, qrow) = (k.from_row(token), q.from_row(token));
+                let (krow, qrow) = (k.below(token), q.below(token));
                 load(token_rows(&t.k, &lane, token), (1, dk), null, weight, krow);
                 let scale = T::from_f64(p.qk_scale);
                 load(token_rows(&t.q, &lane, token), (1, dk), null, scale, qrow);
@@ -265,9 +264,9 @@ impl<T: Real> Stepper<'_, T> {
                     cols: count,
                     tokens: row.tokens,
                     src: src.map(|slot| state_rows_at(&t.c, slot, head, 0, first)),
-                    dst: row.dst.map(|slot| {
-                        state_rows_at(&self.destination.0, slot, head, 0, first)
-                    }),
+                    dst: row
+                        .dst
+                        .map(|slot| state_rows_at(&self.destination.0, slot, head, 0, first)),
                     decay,
                     k,
                     q,

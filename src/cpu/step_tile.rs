@@ -1,4 +1,5 @@
 //! Body of the step: one head's state passes through the registers once, for all tokens.
+#![allow(clippy::needless_range_loop, reason = "indices run over registers, and are unrolled")]
 
 use super::codec::Codec;
 use super::real::Real;
@@ -36,44 +37,76 @@ pub(crate) unsafe fn step_tile<S: Simd, C: Codec>(t: &StepTile<S::T>) {
     // SAFETY: the caller's contract.
     unsafe {
         while row + STREAMS <= t.rows {
-            step_rows::<S, C, STREAMS>(t, row);
+            if t.tokens == 1 {
+                step_rows::<S, C, STREAMS, true>(t, row);
+            } else {
+                step_rows::<S, C, STREAMS, false>(t, row);
+            }
             row += STREAMS;
         }
         while row < t.rows {
-            step_rows::<S, C, 1>(t, row);
+            step_rows::<S, C, 1, false>(t, row);
             row += 1;
         }
     }
 }
 
+/// `ONE` is the case of one token, whose k and q stay in registers.
+///
 /// # Safety
 /// As [`step_tile`].
 #[inline(always)]
-unsafe fn step_rows<S: Simd, C: Codec, const R: usize>(t: &StepTile<S::T>, row: usize) {
+unsafe fn step_rows<S: Simd, C: Codec, const R: usize, const ONE: bool>(
+    t: &StepTile<S::T>,
+    row: usize,
+) {
     let size = C::size::<S>();
-    let mut col = 0;
-    while col < t.cols {
-        let count = (t.cols - col).min(S::W);
-        // SAFETY: the caller's contract; `count` keeps the last vector within the row.
-        unsafe {
-            let mut c = [S::splat(S::T::ZERO); R];
+    // SAFETY: the caller's contract; `count` keeps the last vector within the row.
+    unsafe {
+        let zero = S::splat(S::T::ZERO);
+        let (mut k, mut q, mut decay) = ([zero; R], [zero; R], zero);
+        if ONE {
+            decay = S::splat(*t.decay);
+            for r in 0..R {
+                k[r] = S::splat(*t.k.p.add(row + r));
+                q[r] = S::splat(*t.q.p.add(row + r));
+            }
+        }
+        let mut col = 0;
+        while col < t.cols {
+            let count = (t.cols - col).min(S::W);
+            let mut c = [zero; R];
             if let Some(src) = t.src {
                 for r in 0..R {
                     let at = (row + r) as isize * src.stride + col as isize;
-                    c[r] = load_some::<S, C>(src.p.offset(at * size as isize), count);
+                    let p = src.p.offset(at * size as isize);
+                    // The rows after these, which the hardware's own prefetch starts late on.
+                    S::prefetch(p.wrapping_offset(R as isize * src.stride * size as isize));
+                    c[r] = load_some::<S, C>(p, count);
                 }
             }
-            for token in 0..t.tokens {
-                let decay = S::splat(*t.decay.add(token));
-                let v = S::load(t.v.row(token).add(col));
-                let (k, q) = (t.k.row(token).add(row), t.q.row(token).add(row));
-                let to = t.h.row(token).add(col);
-                let mut h = if row == 0 { S::splat(S::T::ZERO) } else { S::load(to) };
+            if ONE {
+                let v = S::load(t.v.p.add(col));
+                let to = t.h.p.add(col);
+                let mut h = if row == 0 { zero } else { S::load(to) };
                 for r in 0..R {
-                    c[r] = S::fma(S::splat(*k.add(r)), v, S::mul(decay, c[r]));
-                    h = S::fma(S::splat(*q.add(r)), c[r], h);
+                    c[r] = S::fma(k[r], v, S::mul(decay, c[r]));
+                    h = S::fma(q[r], c[r], h);
                 }
                 S::store(to, h);
+            } else {
+                for token in 0..t.tokens {
+                    let decay = S::splat(*t.decay.add(token));
+                    let v = S::load(t.v.row(token).add(col));
+                    let (k, q) = (t.k.row(token).add(row), t.q.row(token).add(row));
+                    let to = t.h.row(token).add(col);
+                    let mut h = if row == 0 { zero } else { S::load(to) };
+                    for r in 0..R {
+                        c[r] = S::fma(S::splat(*k.add(r)), v, S::mul(decay, c[r]));
+                        h = S::fma(S::splat(*q.add(r)), c[r], h);
+                    }
+                    S::store(to, h);
+                }
             }
             if let Some(dst) = t.dst {
                 for r in 0..R {
@@ -81,8 +114,8 @@ unsafe fn step_rows<S: Simd, C: Codec, const R: usize>(t: &StepTile<S::T>, row: 
                     store_some::<S, C>(dst.p.offset(at * size as isize), c[r], count);
                 }
             }
+            col += S::W;
         }
-        col += S::W;
     }
 }
 

@@ -209,9 +209,19 @@ table!(avx2_f32, f32, crate::cpu::simd_x86::Avx2<f32>, ["avx2,fma,f16c"]);
 #[cfg(target_arch = "x86_64")]
 table!(avx2_f64, f64, crate::cpu::simd_x86::Avx2<f64>, ["avx2,fma,f16c"]);
 #[cfg(target_arch = "x86_64")]
-table!(avx512_f32, f32, crate::cpu::simd_x86::Avx512<f32>, ["avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"]);
+table!(
+    avx512_f32,
+    f32,
+    crate::cpu::simd_x86::Avx512<f32>,
+    ["avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"]
+);
 #[cfg(target_arch = "x86_64")]
-table!(avx512_f64, f64, crate::cpu::simd_x86::Avx512<f64>, ["avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"]);
+table!(
+    avx512_f64,
+    f64,
+    crate::cpu::simd_x86::Avx512<f64>,
+    ["avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"]
+);
 
 macro_rules! compute {
     ($T:ty, $portable:ident, $avx2:ident, $avx512:ident) => {

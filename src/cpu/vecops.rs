@@ -32,7 +32,7 @@ impl<T: Copy> Mat<T> {
     }
 
     /// The matrix from this row on.
-    pub(crate) fn from_row(self, row: usize) -> Self {
+    pub(crate) fn below(self, row: usize) -> Self {
         Self { p: self.row(row), ld: self.ld }
     }
 }
@@ -43,6 +43,9 @@ pub(crate) struct Rows {
     pub p: *mut u8,
     pub stride: isize,
 }
+
+/// Rows that [`load`] asks for in advance.
+const AHEAD: isize = 8;
 
 /// Reads rows of a user tensor into a padded matrix, times `scale` and, unless null, the row's
 /// entry of `row_scale`.
@@ -63,9 +66,12 @@ pub(crate) unsafe fn load<S: Simd, C: Codec>(
             let factor = if row_scale.is_null() { scale } else { *row_scale.add(row) * scale };
             let factor = S::splat(factor);
             let from = src.p.offset(row as isize * src.stride * size as isize).cast_const();
+            // Rows are short: the hardware's own prefetch starts anew with each.
+            let ahead = from.wrapping_offset(AHEAD * src.stride * size as isize);
             let to = dst.row(row);
             let mut col = 0;
             while col < whole {
+                S::prefetch(ahead.wrapping_add(col * size));
                 S::store(to.add(col), S::mul(C::load::<S>(from.add(col * size)), factor));
                 col += S::W;
             }
@@ -349,16 +355,12 @@ pub(crate) unsafe fn column_sums<S: Simd>(
 
 /// Sum of all products `x * y`, rows added in float64.
 #[inline(always)]
-pub(crate) unsafe fn dot<S: Simd>(
-    x: Mat<S::T>,
-    y: Mat<S::T>,
-    (rows, cols): (usize, usize),
-) -> f64 {
+pub(crate) unsafe fn dot<S: Simd>(x: Mat<S::T>, y: Mat<S::T>, (rows, cols): (usize, usize)) -> f64 {
     let mut total = 0.0;
     for t in 0..rows {
         let mut sum = S::T::ZERO;
         // SAFETY: the contract above.
-        unsafe { row_dots::<S>(x.from_row(t), y.from_row(t), (1, cols), &raw mut sum) };
+        unsafe { row_dots::<S>(x.below(t), y.below(t), (1, cols), &raw mut sum) };
         total += sum.to_f64();
     }
     total

@@ -7,13 +7,12 @@ use proptest::prelude::*;
 use super::*;
 
 fn view(data: usize, dtype: DType, dims: &[(i64, i64)]) -> View {
-    let mut view =
-        View { data: data as *mut u8, shape: [7; 4], stride: [7; 4], dtype, rank: dims.len() };
+    let (mut shape, mut strides) = ([-7; 4], [i64::MAX; 4]);
     for (index, &(size, stride)) in dims.iter().enumerate() {
-        view.shape[index] = size;
-        view.stride[index] = stride;
+        shape[index] = size;
+        strides[index] = stride;
     }
-    view
+    View::new(data as *mut u8, dtype, dims.len(), shape, strides)
 }
 
 /// First byte of every element, in index order.

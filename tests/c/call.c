@@ -114,6 +114,9 @@ static void fill_random(const mlstm_tensor* tensor, size_t bytes) {
     } else if (tensor->dtype == MLSTM_BF16) {
       float narrow = (float)value;
       memcpy((char*)tensor->data + 2 * index, (char*)&narrow + 2, 2);
+    } else if (tensor->dtype == MLSTM_F16) {
+      /* +-0.125 to 0.5 */
+      ((uint16_t*)tensor->data)[index] = (uint16_t)(0x3000 + rand() % 0x800 + rand() % 2 * 0x8000);
     }
   }
 }

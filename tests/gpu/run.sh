@@ -5,11 +5,12 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 export PYTHONDONTWRITEBYTECODE=1
-python3 -m pytest -q -p no:cacheprovider -x --durations=5 .
-python3 accuracy.py
+PYTHON=${PYTHON:-python3}
+"$PYTHON" -m pytest -q -p no:cacheprovider -x --durations=5 .
+"$PYTHON" accuracy.py
 if [[ "${1:-}" == --sanitize ]]; then
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      python3 sanitize.py
+      "$PYTHON" sanitize.py
   done
 fi

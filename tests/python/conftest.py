@@ -21,6 +21,10 @@ def seeded():
     random.seed(SEED)
 
 
+# The oracle is made of tiny operations; threads only slow it down.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def poisoned():
     """torch fills new tensors with NaN, and so also every output and workspace of the library."""

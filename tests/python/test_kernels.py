@@ -43,14 +43,14 @@ def test_matches_recurrence(name, dtype, states, device):
     if siging(name):
         inputs.m = None
     kernel = kernel_of(name)
-    compare(kernel, inputs, tolerance=TOLERANCE[dtype], oracle=siging(name))
+    compare(kernel, inputs, oracle=siging(name))
 
 
 @pytest.mark.parametrize("s", [1, 7, 8, 15, 17, 63, 65, 127, 129, 1025, 1026])
 @pytest.mark.parametrize("name", FORMS)
 def test_any_length(name, s, device):
     inputs = random_inputs(device, b=1, nh=1, s=s, dhqk=8, dhhv=8, states=True)
-    compare(kernel_of(name), inputs, tolerance=1e-5)
+    compare(kernel_of(name), inputs)
 
 
 @pytest.mark.parametrize("dhqk, dhhv", [(24, 24), (80, 100), (100, 80), (1, 3), (256, 512)])
@@ -58,13 +58,13 @@ def test_any_length(name, s, device):
 @pytest.mark.parametrize("name", FORMS)
 def test_any_head_dims(name, dhqk, dhhv, dtype, device):
     inputs = random_inputs(device, dtype, b=1, nh=1, s=70, dhqk=dhqk, dhhv=dhhv, states=True)
-    compare(kernel_of(name), inputs, tolerance=TOLERANCE[dtype])
+    compare(kernel_of(name), inputs)
 
 
 @pytest.mark.parametrize("dhqk, dhhv", [(1024, 64), (64, 1024)])
 def test_large_head_dims(dhqk, dhhv, device):
     inputs = random_inputs(device, b=1, nh=1, s=33, dhqk=dhqk, dhhv=dhhv)
-    compare(kernel_of(FORMS[0]), inputs, tolerance=1e-5)
+    compare(kernel_of(FORMS[0]), inputs)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 16, 37, 64, 100, 4096])
@@ -82,7 +82,6 @@ def test_siging_normalize(normalize, dtype, device):
     compare(
         kernel_of("chunkwise--xl_chunk_siging"),
         inputs,
-        tolerance=TOLERANCE[dtype],
         oracle={"siging": True, "normalize": normalize},
         normalize=normalize,
     )
@@ -93,7 +92,7 @@ def test_siging_normalize(normalize, dtype, device):
 def test_options(name, options, device):
     inputs = random_inputs(device, torch.float64, states=True)
     got = flat(kernel_of(name)(*inputs, return_last_states=True, **options))
-    assert_close(got, flat(recurrence(inputs, **options)), 1e-10)
+    assert_close(got, flat(recurrence(inputs, **options)), 1e-12)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -102,7 +101,7 @@ def test_denominator_straddles_its_floor(name, device):
     inputs = random_inputs(device, torch.float64, s=200, i_bias=-1.0)
     share = share_above_floor(inputs)
     assert 0.05 < share < 0.95, f"{share:.2f} of the tokens above the floor: a one-sided test"
-    compare(kernel_of(name), inputs, tolerance=1e-10)
+    compare(kernel_of(name), inputs)
 
 
 def share_above_floor(inputs):
@@ -116,7 +115,7 @@ def share_above_floor(inputs):
 def test_detached_denominator(name, device):
     """The peers' gradient, by name: that of the numerator over a constant."""
     inputs = random_inputs(device, torch.float64)
-    compare(kernel_of(name), inputs, tolerance=1e-10, states=False, detach_denominator=True)
+    compare(kernel_of(name), inputs, states=False, detach_denominator=True)
     ours, exact = inputs.leaves(), inputs.leaves()
     kernel = kernel_of(name)
     for leaves, detach in ((ours, True), (exact, False)):
@@ -192,7 +191,11 @@ def test_expanded_inputs_and_gradients(name, device):
 
 
 def extreme_gates(inputs, case):
-    """Inputs with extreme gates, and finite stand-ins for which the oracle has gradients."""
+    """Inputs with extreme gates, and finite stand-ins for which the oracle has gradients.
+
+    q and k are positive: where only few tokens count, N could otherwise cancel far above its
+    floor exp(-m), and h would be ill-conditioned."""
+    inputs = inputs.replace(q=inputs.q.abs(), k=inputs.k.abs())
     i, f = inputs.i.clone(), inputs.f.clone()
     if case == "forget_all":
         f[:] = -1000.0
@@ -244,8 +247,10 @@ def test_gates_keep_their_precision(device):
     rounded = inputs.replace(i=inputs.i.bfloat16().float())
     wanted, _ = recurrence(inputs)
     got = kernel_of(FORMS[0])(*inputs)
-    assert error(got, wanted) < 5e-3
-    assert error(recurrence(rounded)[0], wanted) > 5e-3, "the rounding must be visible"
+    assert error(got, wanted) < TOLERANCE[torch.bfloat16]
+    assert error(recurrence(rounded)[0], wanted) > 2 * TOLERANCE[torch.bfloat16], (
+        "the rounding must be visible"
+    )
 
 
 @pytest.mark.parametrize("gate_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A small xLSTM language model built on `mlstm.torch`.
 
 Read in this order:

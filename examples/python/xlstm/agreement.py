@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Chunkwise, parallel and step are three ways to the same numbers. Checked on a trained model."""
 
 from __future__ import annotations
@@ -5,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from mlstm.torch import get_mlstm_kernel, get_mlstm_step_kernel
 from torch import Tensor
+
+from mlstm.torch import get_mlstm_kernel, get_mlstm_step_kernel
 
 from .generate import step
 from .model import XLSTM

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Text for a byte-level model: read it, split it, cut windows out of it."""
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,9 +65,10 @@ def load(path: Path | None = None) -> tuple[Tensor, Tensor]:
     documents = list(drop_repeats(text_file(path) if path else python_documentation()))
 
     def join(chosen: list[str]) -> Tensor:
-        text = "".join(chosen).encode()
-        return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
+        return torch.frombuffer(bytearray("".join(chosen).encode()), dtype=torch.uint8)
 
+    if len(documents) <= HELD_OUT_EVERY:
+        raise ValueError(f"{path}: {len(documents)} documents, more than {HELD_OUT_EVERY} needed")
     held_out = documents[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     train = [d for n, d in enumerate(documents) if n % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
     return join(train), join(held_out)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Writing text: the prompt in one go, then one byte at a time from a state of fixed size."""
 
 from __future__ import annotations

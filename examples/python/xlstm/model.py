@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A byte-level xLSTM language model made of mLSTM blocks, laid out like xLSTM-7B.
 
 Each block is two residual branches, both behind an RMSNorm:
@@ -14,9 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from mlstm.torch.backend_module import mLSTMBackend, mLSTMBackendConfig
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
+
+from mlstm.torch.backend_module import mLSTMBackend, mLSTMBackendConfig
 
 LayerState = tuple[Tensor, Tensor, Tensor]
 """What one layer remembers: c (B, NH, DHQK, DHHV), n (B, NH, DHQK), m (B, NH, 1)."""

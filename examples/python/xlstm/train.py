@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Training within a budget of steps and minutes, and the held-out measure."""
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from .model import XLSTM
 class TrainConfig:
     """Everything that decides how training runs."""
 
-    steps: int = 500
+    steps: int = 2500
     minutes: float = 2.0
-    batch: int = 8
+    batch: int = 4
     seq_len: int = 256
     lr: float = 3e-3
     warmup: float = 0.05
     """Part of the run in which the learning rate rises; then it falls along a cosine."""
     weight_decay: float = 0.1
     clip: float = 1.0
-    evaluations: int = 5
+    evaluations: int = 6
     """Held-out measurements after the one at the start, evenly spread; the last at the end."""
     held_out_windows: int = 96
     seed: int = 0

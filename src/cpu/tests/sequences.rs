@@ -317,8 +317,7 @@ fn compare(case: &Case, d: &Data, r: &Results) -> Errors {
             errors.gradients[3].extend(&tokens(di), &expected.di);
             errors.gradients[4].extend(&tokens(df), &expected.df);
             if case.states {
-                let initial =
-                    state_of([&r.initial[0], &r.initial[1], &r.initial[2]], row, head, p);
+                let initial = state_of([&r.initial[0], &r.initial[1], &r.initial[2]], row, head, p);
                 errors.initial[0].extend(&initial.c, &expected.initial.c);
                 errors.initial[1].extend(&initial.n, &expected.initial.n);
                 if m {
@@ -347,7 +346,10 @@ fn check(case: &Case, errors: &Errors, tolerance: Tolerance) {
     // cancel, rounding shows relative to them. So it does for the tiny gradients under a large
     // denominator.
     let tiny = 1e-6;
-    let gates = di.size().max(tiny);
+    // With few tokens h hardly depends on q and k (for one token not at all, but for eps): what
+    // the numerator and the denominator contribute to dq and dk cancels.
+    let small = (dv.size() * 1e-2).max(tiny);
+    let gates = di.size().max(small);
     let dots = (errors.initial[0].size() * errors.last[0].size()).max(gates) + 1.0;
     let named = [
         ("h", errors.h, t.h, tiny),
@@ -356,25 +358,40 @@ fn check(case: &Case, errors: &Errors, tolerance: Tolerance) {
         ("c_last", errors.last[0], t.states, tiny),
         ("n_last", errors.last[1], t.n, tiny),
         ("m_last", errors.last[2], t.n, tiny),
-        ("dq", dq, t.gradients, tiny),
-        ("dk", dk, t.gradients, tiny),
+        ("dq", dq, t.gradients, small),
+        ("dk", dk, t.gradients, small),
         ("dv", dv, t.gradients, tiny),
-        ("di", di, t.gates, tiny),
+        ("di", di, t.gates, small),
         ("df", df, t.gates, gates + dots * 1e-2),
         ("dc_initial", errors.initial[0], t.states.max(t.gradients), tiny),
-        ("dn_initial", errors.initial[1], t.gradients, tiny),
+        ("dn_initial", errors.initial[1], t.gradients.max(t.gates), small),
         ("dm_initial", errors.initial[2], t.gates, dots),
     ];
     let shown: Vec<String> =
         named.iter().map(|(name, e, _, s)| format!("{name} {:.1e}", e.relative(*s))).collect();
     for (name, error, bound, size) in named {
         let error = error.relative(size);
-        assert!(error <= bound, "{name}: {error:.2e} > {bound:.1e}\n{case:?}\n{}", shown.join(", "));
+        assert!(
+            error <= bound,
+            "{name}: {error:.2e} > {bound:.1e}\n{case:?}\n{}",
+            shown.join(", ")
+        );
     }
 }
 
-const F32: Tolerance =
-    Tolerance { h: 1e-5, n: 1e-5, states: 1e-5, gradients: 1e-5, gates: 1e-5 };
+impl Tolerance {
+    fn times(self, factor: f64) -> Self {
+        Self {
+            h: self.h * factor,
+            n: self.n * factor,
+            states: self.states * factor,
+            gradients: self.gradients * factor,
+            gates: self.gates * factor,
+        }
+    }
+}
+
+const F32: Tolerance = Tolerance { h: 1e-5, n: 1e-5, states: 1e-5, gradients: 1e-5, gates: 1e-5 };
 const F64: Tolerance =
     Tolerance { h: 1e-11, n: 1e-11, states: 1e-11, gradients: 1e-11, gates: 1e-11 };
 
@@ -434,13 +451,200 @@ fn random_shapes_agree_with_the_recurrence() {
         case.spec.chunk_size = random.pick(&[0, 1, 3, 16, 50, 64, 65, 100, 128, 1000]);
         case.interleaved = random.below(2) == 0;
         case.states = random.below(2) == 0;
-        case.gates = Gates::Usual { bias: random.pick(&[-10.0, -3.0, -1.0]) };
+        let bias = random.pick(&[-10.0, -4.0, 0.0]);
+        case.gates = Gates::Usual { bias };
         case.spec.gate_dtype = random.pick(&[None, Some(DType::F32)]);
         let mut tolerance = tolerance(dtype);
         if dtype == DType::F64 && case.spec.gate_dtype.is_some() {
             // di and df come out in float32.
             tolerance.gates = 1e-7;
         }
+        if bias == 0.0 || case.spec.s < 8 {
+            // A token whose N is nearly zero, its terms cancelling, has a large h and larger
+            // gradients, and dominates the norms with the rounding of those terms.
+            tolerance = tolerance.times(100.0);
+        }
         both_forms(&case, &random, tolerance);
+    }
+}
+
+#[test]
+fn gates_at_their_extremes_stay_finite_and_right() {
+    let random = Random::new();
+    for _ in 0..6 {
+        let dtype = random.pick(&[DType::F32, DType::F64]);
+        let shape = [1, 2, random.pick(&[5, 64, 130, 200]), 24, 33];
+        let mut case = Case::new(shape, dtype);
+        case.gates = Gates::Extreme;
+        case.spec.chunk_size = random.pick(&[0, 16, 100]);
+        case.states = random.below(3) > 0;
+        case.dm_last = random.below(2) == 0;
+        case.m_initial = random.pick(&[0.0, -30.0, -1e30, f64::NEG_INFINITY]);
+        both_forms(&case, &random, tolerance(dtype).times(100.0));
+    }
+}
+
+#[test]
+fn a_huge_input_gate_and_a_row_of_ignored_tokens_are_right() {
+    let random = Random::new();
+    for gate in [80.0, f64::NEG_INFINITY] {
+        let mut case = Case::new([1, 1, 70, 16, 16], DType::F32);
+        case.m_initial = f64::NEG_INFINITY;
+        case.states = true;
+        let mut d = data(&case, &random);
+        for t in 0..70 {
+            if t % 40 == 5 || gate < 0.0 {
+                d.i.set(&[0, 0, t], gate);
+            }
+        }
+        for &level in Level::available() {
+            let r = run(&case, &d, level, 1, &random);
+            check(&case, &compare(&case, &d, &r), F32.times(10.0));
+            if gate < 0.0 {
+                assert!(r.h.rows(&[0, 0, 0], 2, 70).iter().all(|&h| h == 0.0));
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_sequences_agree_with_one_by_one() {
+    let random = Random::new();
+    let cases: [&[i64]; 5] = [
+        &[0, 15, 100, 300, 1200, 2000],
+        &[0, 0, 1, 1, 66, 66],
+        &[0, 64, 128],
+        &[0, 0, 0],
+        &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 74, 75],
+    ];
+    for (index, offsets) in cases.into_iter().enumerate() {
+        let s = *offsets.last().unwrap();
+        let dims = if index == 0 { (100, 24) } else { (24, 33) };
+        let mut case = Case::new([1, 2, s, dims.0, dims.1], random.pick(&[DType::F32, DType::F64]));
+        case = case.packed(offsets);
+        case.states = random.below(4) > 0;
+        case.dm_last = random.below(2) == 0;
+        case.interleaved = random.below(2) == 0;
+        case.spec.chunk_size = random.pick(&[0, 16, 40]);
+        let tolerance = tolerance(case.spec.dtype);
+        both_forms(&case, &random, tolerance);
+    }
+}
+
+#[test]
+fn long_rows_use_groups_and_checkpoints() {
+    let random = Random::new();
+    let mut case = Case::new([2, 3, 1025, 16, 24], DType::F32);
+    case.spec.chunk_size = 16;
+    for states in [false, true] {
+        case.states = states;
+        verify(&case, &random, F32);
+    }
+    // More lanes than fit into one wave.
+    let mut case = Case::new([5, 17, 40, 8, 8], DType::F64);
+    case.spec.chunk_size = 16;
+    case.states = true;
+    verify(&case, &random, F64);
+}
+
+#[test]
+fn nothing_to_do_passes_the_states_on() {
+    let random = Random::new();
+    for shape in [[2, 2, 0, 8, 5], [0, 2, 7, 8, 5], [2, 0, 7, 8, 5]] {
+        for dm_last in [false, true] {
+            let mut case = Case::new(shape, DType::F32);
+            case.states = true;
+            case.dm_last = dm_last;
+            both_forms(&case, &random, F32);
+        }
+    }
+}
+
+#[test]
+fn every_cell_has_its_exact_gradient() {
+    let random = Random::new();
+    for gate in
+        [Gate::Exponential, Gate::Sigmoid { normalize: true }, Gate::Sigmoid { normalize: false }]
+    {
+        for detach in [false, true] {
+            for dm_last in [false, true] {
+                let dtype = random.pick(&[DType::F32, DType::F64]);
+                let mut case = Case::new([2, 2, 130, 24, 40], dtype);
+                case.spec.gate = gate;
+                case.spec.detach_denominator = detach;
+                // A large eps shows a wrong derivative by way of it.
+                case.spec.eps = Some(random.pick(&[0.0, 1e-6, 0.1]));
+                case.spec.qk_scale = random.pick(&[0.0, 0.7]);
+                case.dm_last = dm_last;
+                case.states = true;
+                if !gate.has_normalizer() && detach {
+                    continue;
+                }
+                both_forms(&case, &random, tolerance(dtype).times(10.0));
+            }
+        }
+    }
+}
+
+#[test]
+fn sixteen_bit_data_costs_its_own_rounding_only() {
+    let random = Random::new();
+    for dtype in [DType::Bf16, DType::F16] {
+        for bias in [-1.0, -10.0] {
+            for gate_dtype in [None, Some(DType::F32)] {
+                let mut case = Case::new([1, 2, 300, 64, 80], dtype);
+                case.spec.gate_dtype = gate_dtype;
+                case.spec.state_dtype = Some(random.pick(&[DType::F32, dtype]));
+                case.gates = Gates::Usual { bias };
+                case.interleaved = random.below(2) == 0;
+                case.states = random.below(2) == 0;
+                // Rounding to bf16 alone makes a relative error of 1.7e-3. The gradients also see
+                // h as it was stored, by way of dh.h, which may cancel for any one token; it
+                // weighs most in dn, and in the gates' dot products.
+                let (unit, gates) = match dtype {
+                    DType::Bf16 => (2.4e-3, 2e-2),
+                    _ => (3.2e-4, 2.5e-3),
+                };
+                let tolerance =
+                    Tolerance { h: unit, n: 1e-5, states: unit, gradients: 2.0 * unit, gates };
+                both_forms(&case, &random, tolerance);
+            }
+        }
+    }
+}
+
+#[test]
+fn zero_stride_gates_and_shared_gradients_are_read_right() {
+    let random = Random::new();
+    let mut case = Case::new([2, 3, 70, 16, 24], DType::F32);
+    case.states = true;
+    let mut d = data(&case, &random);
+    for buffer in [&mut d.i, &mut d.f] {
+        buffer.expand(1);
+        buffer.expand(0);
+    }
+    d.dh.expand(2);
+    let r = run(&case, &d, Level::current(), 2, &random);
+    check(&case, &compare(&case, &d, &r), F32);
+}
+
+#[test]
+fn bad_offsets_are_refused_before_anything_is_written() {
+    let random = Random::new();
+    for (offsets, named) in [
+        ([1, 5, 9], "cu_seqlens[0]"),
+        ([0, 6, 5], "cu_seqlens[2]"),
+        ([0, 5, 8], "cu_seqlens[2]"),
+        ([0, 10, 9], "cu_seqlens[1]"),
+    ] {
+        let case = Case::new([1, 1, 9, 4, 4], DType::F32).packed(&offsets);
+        let d = data(&case, &random);
+        let error = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            run(&case, &d, Level::Scalar, 1, &random)
+        })) {
+            Ok(_) => panic!("{offsets:?} went through"),
+            Err(error) => *error.downcast::<String>().unwrap(),
+        };
+        assert!(error.contains(named), "{error}");
     }
 }

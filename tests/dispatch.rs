@@ -1,0 +1,112 @@
+//! Plans are a function of the problem and the machine alone: no device is touched here.
+
+use mlstm::dispatch::{Capabilities, Engine, plan};
+use mlstm::problem::{Op, ProblemSpec};
+use mlstm::{DType, Device, Gate};
+use proptest::prelude::*;
+
+const OPS: [Op; 5] = [Op::ChunkwiseFw, Op::ChunkwiseBw, Op::ParallelFw, Op::ParallelBw, Op::Step];
+
+fn spec(s: i64) -> ProblemSpec {
+    ProblemSpec { b: 2, nh: 4, s, dhqk: 32, dhhv: 64, ..ProblemSpec::default() }
+}
+
+fn machine(threads: usize) -> Capabilities {
+    Capabilities { threads, cuda: false }
+}
+
+#[test]
+fn the_chunk_length_is_the_callers_or_ours_and_at_most_the_sequence() {
+    let chunk = |s: i64, wanted: i64| {
+        let problem =
+            ProblemSpec { chunk_size: wanted, ..spec(s) }.validate(Op::ChunkwiseFw).unwrap();
+        let plan = plan(Op::ChunkwiseFw, &problem, machine(1)).unwrap();
+        (plan.chunk_size, plan.num_chunks)
+    };
+    assert_eq!(chunk(1000, 100), (100, 10));
+    assert_eq!(chunk(1001, 100), (100, 11));
+    assert_eq!(chunk(7, 100), (7, 1));
+    assert_eq!(chunk(0, 100).0, 1);
+    let (ours, count) = chunk(1 << 20, 0);
+    assert!((16..=512).contains(&ours) && count == (1 << 20) / ours);
+}
+
+#[test]
+fn the_parallel_form_is_one_chunk() {
+    for op in [Op::ParallelFw, Op::ParallelBw] {
+        let problem = ProblemSpec { chunk_size: 16, ..spec(300) }.validate(op).unwrap();
+        let plan = plan(op, &problem, machine(3)).unwrap();
+        assert_eq!((plan.chunk_size, plan.num_chunks), (300, 1));
+    }
+}
+
+#[test]
+fn a_device_without_an_engine_gets_no_plan() {
+    for op in OPS {
+        let problem = ProblemSpec { device: Device::Cuda, ..spec(8) }.validate(op).unwrap();
+        assert_eq!(plan(op, &problem, machine(1)), None);
+    }
+}
+
+#[test]
+fn cuda_takes_the_chunk_lengths_its_kernels_have() {
+    let cuda = Capabilities { threads: 1, cuda: true };
+    for (dtype, wanted, length) in [
+        (DType::Bf16, 0, 128),
+        (DType::F16, 64, 64),
+        (DType::F16, 1, 64),
+        (DType::Bf16, 65, 128),
+        (DType::Bf16, 4096, 128),
+        (DType::F32, 0, 64),
+        (DType::F64, 128, 64),
+    ] {
+        for op in [Op::ChunkwiseFw, Op::ChunkwiseBw, Op::ParallelFw, Op::ParallelBw] {
+            let device = Device::Cuda;
+            let problem = ProblemSpec { device, dtype, chunk_size: wanted, ..spec(300) };
+            let plan = plan(op, &problem.validate(op).unwrap(), cuda).unwrap();
+            assert_eq!((plan.engine, plan.chunk_size), (Engine::Cuda, length), "{dtype} {wanted}");
+            assert_eq!(plan.num_chunks, (300 + length - 1) / length);
+        }
+    }
+}
+
+#[test]
+fn plans_print_themselves() {
+    let problem = spec(128).validate(Op::ChunkwiseFw).unwrap();
+    let plan = plan(Op::ChunkwiseFw, &problem, machine(2)).unwrap();
+    let text = plan.to_string();
+    assert!(text.contains("chunkwise_fw") && text.contains("Cpu"), "{text}");
+    assert!(text.contains(&format!("L {}", plan.chunk_size)), "{text}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+    /// Whatever passes validation has a plan: no overflow, chunks that cover the tokens.
+    #[test]
+    fn every_valid_problem_has_a_plan(
+        (b, nh, s) in (size(), size(), size()),
+        (dhqk, dhhv) in (size(), size()),
+        (num_seqs, chunk_size) in (prop_oneof![Just(0), size()], prop_oneof![Just(0), size()]),
+        op in prop::sample::select(OPS.to_vec()),
+        threads in prop::sample::select(vec![0, 1, 7, 4096]),
+        sigmoid in any::<bool>(),
+    ) {
+        let gate = if sigmoid { Gate::Sigmoid { normalize: true } } else { Gate::Exponential };
+        let dtype = DType::Bf16;
+        let spec =
+            ProblemSpec { b, nh, s, dhqk, dhhv, num_seqs, chunk_size, gate, dtype, ..spec(0) };
+        let Ok(problem) = spec.validate(op) else { return Ok(()) };
+        let plan = plan(op, &problem, machine(threads)).unwrap();
+        prop_assert_eq!((plan.op, plan.engine), (op, Engine::Cpu));
+        prop_assert!(plan.chunk_size >= 1 && plan.num_chunks >= 1 && plan.wave >= 1);
+        prop_assert!(plan.chunk_size <= s.max(1));
+        let covered = i128::from(plan.chunk_size) * i128::from(plan.num_chunks);
+        prop_assert!(covered >= i128::from(s));
+        prop_assert!(plan.num_chunks >= num_seqs);
+    }
+}
+
+fn size() -> impl Strategy<Value = i64> {
+    prop_oneof![0i64..5, 1i64..1000, (0u32..63).prop_map(|bits| 1i64 << bits), any::<i64>()]
+}
