@@ -154,6 +154,8 @@ __device__ __forceinline__ void emit(const Args& args) {
   bool exponential = (args.flags & kExponential) != 0;
   double m = exponential ? lane_m(tokens, chunk_gates(args, c, h)[2], lane) : 0.0;
 
+  // Below it a decay is 0 in Acc.
+  constexpr double kForgets = sizeof(Acc) == 8 ? -1075.0 : -150.0;
   TokenGates gates[kPerLane];
   double dm[kPerLane];
   Path path = lane_path<Acc>(args, tokens, h, m, gates, dm);
@@ -181,7 +183,7 @@ __device__ __forceinline__ void emit(const Args& args) {
     dlogf += q_dq[j] - k_dk[j];
     through_m += dm[j];
     // A token that forgets all has no gradient there; the sum above is 0 up to rounding only.
-    double d_f = gates[j].step <= kNever / kLog2E ? 0.0 : dlogf;
+    double d_f = gates[j].step * kLog2E < kForgets ? 0.0 : dlogf;
     double d_i = k_dk[j];
     if (exponential && gates[j].forgets) {
       d_f += through_m;

@@ -225,6 +225,13 @@ __device__ __forceinline__ void narrow(double* out, double x) { *out = x; }
 __device__ __forceinline__ void narrow(__nv_bfloat16* out, float x) { *out = __float2bfloat16(x); }
 __device__ __forceinline__ void narrow(__half* out, float x) { *out = __float2half(x); }
 
+// Read together, by all columns of a row at once.
+template <typename Acc>
+struct alignas(2 * sizeof(Acc)) QueryKey {
+  Acc q;
+  Acc k;
+};
+
 template <typename State, int kVec>
 struct alignas(sizeof(State) * kVec) Vector {
   State x[kVec];
@@ -234,14 +241,14 @@ template <typename State, typename Acc, int kVec, int kTokens>
 __device__ __forceinline__ void state(const StepArgs& args) {
   constexpr int kGroups = kColumns / kVec;
   constexpr int kRowLanes = kStateThreads / kGroups;
-  constexpr int kBatch = 32 / kVec < 8 ? 32 / kVec : 8;
+  // Rows in flight per thread; fewer where tokens take the registers.
+  constexpr int kBatch = kTokens * kVec == 32 ? 2 : kVec == 8 ? 4 : 8;
   constexpr int kTile = sizeof(Acc) == 8 ? 128 : 256;
   constexpr int kStateWarps = kStateThreads / 32;
   // Row lanes of a warp are summed by shuffles first.
   constexpr int kParts = kGroups < 32 ? kStateWarps : kRowLanes;
   using Vec = Vector<State, kVec>;
-  __shared__ Acc q[kTokens][kTile];
-  __shared__ Acc k[kTokens][kTile];
+  __shared__ QueryKey<Acc> qk[kTokens][kTile];
   __shared__ Acc parts[kParts][kColumns];
   __shared__ Acc values[kTokens][kColumns];
   __shared__ Scalars<Acc> token[kTokens];
@@ -307,8 +314,12 @@ __device__ __forceinline__ void state(const StepArgs& args) {
       bool real = t < row.tokens;
 #pragma unroll 1
       for (int d = tile + threadIdx.x; d < tile_end; d += kStateThreads) {
-        q[t][d - tile] = real ? load<Acc>(args.q, offset(args.q, b, h, t) + d, args.dtype) : Acc(0);
-        k[t][d - tile] = real ? load<Acc>(args.k, offset(args.k, b, h, t) + d, args.dtype) : Acc(0);
+        QueryKey<Acc> x = {Acc(0), Acc(0)};
+        if (real) {
+          x.q = load<Acc>(args.q, offset(args.q, b, h, t) + d, args.dtype);
+          x.k = load<Acc>(args.k, offset(args.k, b, h, t) + d, args.dtype);
+        }
+        qk[t][d - tile] = x;
       }
     }
     __syncthreads();
@@ -323,12 +334,11 @@ __device__ __forceinline__ void state(const StepArgs& args) {
         for (int x = 0; x < kVec; ++x) c[x] = row.has_state ? widen<Acc>(rows[j].x[x]) : Acc(0);
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
-          Acc key = k[t][d - tile];
-          Acc query = q[t][d - tile];
+          QueryKey<Acc> token_qk = qk[t][d - tile];
 #pragma unroll
           for (int x = 0; x < kVec; ++x) {
-            c[x] = scaled(decay[t], c[x]) + key * v[t][x];
-            sums[t][x] += query * c[x];
+            c[x] = scaled(decay[t], c[x]) + token_qk.k * v[t][x];
+            sums[t][x] += token_qk.q * c[x];
           }
         }
         if (target != nullptr) {
@@ -388,13 +398,14 @@ extern "C" __global__ void __launch_bounds__(128) step_gates_f64(
           const __grid_constant__ StepArgs args) {                        \
     mlstm::state<STATE, ACC, VEC, TOKENS>(args);                          \
   }
-#define MLSTM_STEP_TOKENS(STATE, ACC, NAME, VEC) \
-  MLSTM_STEP(STATE, ACC, NAME, VEC, 1)           \
-  MLSTM_STEP(STATE, ACC, NAME, VEC, 4)           \
-  MLSTM_STEP(STATE, ACC, NAME, VEC, 16)          \
-  MLSTM_STEP(STATE, ACC, NAME, 1, 1)             \
+// 16 bytes at once, but where the registers of 16 tokens allow less.
+#define MLSTM_STEP_TOKENS(STATE, ACC, NAME, VEC, VEC16) \
+  MLSTM_STEP(STATE, ACC, NAME, VEC, 1)                  \
+  MLSTM_STEP(STATE, ACC, NAME, VEC, 4)                  \
+  MLSTM_STEP(STATE, ACC, NAME, VEC16, 16)               \
+  MLSTM_STEP(STATE, ACC, NAME, 1, 1)                    \
   MLSTM_STEP(STATE, ACC, NAME, 1, 16)
-MLSTM_STEP_TOKENS(float, float, f32, 4)
-MLSTM_STEP_TOKENS(double, double, f64, 2)
-MLSTM_STEP_TOKENS(__nv_bfloat16, float, bf16, 4)
-MLSTM_STEP_TOKENS(__half, float, f16, 4)
+MLSTM_STEP_TOKENS(float, float, f32, 4, 4)
+MLSTM_STEP_TOKENS(double, double, f64, 2, 2)
+MLSTM_STEP_TOKENS(__nv_bfloat16, float, bf16, 8, 4)
+MLSTM_STEP_TOKENS(__half, float, f16, 8, 4)

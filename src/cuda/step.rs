@@ -54,14 +54,22 @@ pub(crate) fn step(call: &Step, workspace: Workspace, stream: Stream) -> Result<
         num_tokens: RowIndex::from(&t.num_tokens),
         scalars: workspace.data,
     };
-    // Elements of C that a thread moves at once; the kernels' names say it.
-    let wide = if p.state_dtype.size() == 8 { 2 } else { 4 };
-    let aligned = p.dhhv % wide == 0 && rows_aligned(&t.c, wide) && rows_aligned(&c_dst, wide);
-    let vector = if aligned { wide } else { 1 };
     let tokens = match p.s {
         1 => 1,
-        2..=4 if aligned => 4,
+        2..=4 => 4,
         _ => 16,
+    };
+    // Elements of C that a thread moves at once: 16 bytes, fewer with many tokens.
+    let wide = match p.state_dtype.size() {
+        8 => 2,
+        2 if tokens <= 4 => 8,
+        _ => 4,
+    };
+    let aligned = p.dhhv % wide == 0 && rows_aligned(&t.c, wide) && rows_aligned(&c_dst, wide);
+    let (vector, tokens) = match (aligned, tokens) {
+        (true, tokens) => (wide, tokens),
+        (false, 1) => (1, 1),
+        (false, _) => (1, 16),
     };
     let state = params::suffix(p.state_dtype);
     let device = driver::device(p.device_index)?;

@@ -53,7 +53,20 @@ def sequence(name, dtype, **options):
     fw = median_ms(lambda: mlstm_c.call("chunkwise_fw", p, x | out, memory[0]))
     bw = median_ms(lambda: mlstm_c.call("chunkwise_bw", p, x | out | dh | grads, memory[1]))
     gib = max(m.numel() for m in memory) / 2**30
+    if options_profile:
+        profile(lambda: mlstm_c.call("chunkwise_fw", p, x | out, memory[0]))
+        profile(lambda: mlstm_c.call("chunkwise_bw", p, x | out | dh | grads, memory[1]))
     print(f"{name:9} {dtype} {options}: fw {fw:.3f} ms, fw+bw {fw + bw:.3f} ms, {gib:.2f} GiB")
+
+
+def profile(work):
+    """Time of each kernel of a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):
+            work()
+        torch.cuda.synchronize()
+    for event in profiler.key_averages():
+        print(f"  {event.key[:40]:40} {event.device_time:9.1f} us")
 
 
 def step(b, dtype=torch.bfloat16, state=torch.float32, s=1):
@@ -91,7 +104,10 @@ def step(b, dtype=torch.bfloat16, state=torch.float32, s=1):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=["step", *SHAPES])
-    for what in parser.parse_args().what:
+    parser.add_argument("--profile", action="store_true", help="time of each kernel")
+    arguments = parser.parse_args()
+    options_profile = arguments.profile
+    for what in arguments.what:
         if what == "step":
             for rows in (1, 16, 128):
                 step(rows)
