@@ -18,6 +18,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -45,17 +47,17 @@ class Row:
     other: str
     ratio: float | None
     achieved: float
-    ceiling: float
+    ceiling: float | None
     unit: str
     target: str
 
     def __str__(self) -> str:
         other = f"{self.other_ms:9.3f}" if self.other_ms else "        -"
         ratio = f"{self.ratio:6.2f}x" if self.ratio else "      -"
-        share = 100 * self.achieved / self.ceiling
+        share = f"{100 * self.achieved / self.ceiling:4.0f} %" if self.ceiling else "     -"
         return (
             f"{self.case:<44} {self.ours_ms:9.3f} {other} {ratio}  "
-            f"{self.achieved:7.1f} {self.unit:<7} {share:4.0f} %  {self.target}"
+            f"{self.achieved:7.1f} {self.unit:<7} {share}  {self.target}"
         )
 
 
@@ -102,124 +104,109 @@ def sequence_flop(b, nh, s, dhqk, dhhv, backward: bool) -> float:
     return 2.0 * b * nh * s * (forward + back if backward else forward)
 
 
-def sequence_case(shape, dtype, backward, peak, seconds) -> Row:
+def row(case, runs, other, work, ceiling, unit, target="") -> Row:
+    """A line from paired times, `work` units in each call (GFLOP or GB)."""
+    mine, others = runs
+    milliseconds = statistics.median(mine)
+    return Row(
+        case=case,
+        ours_ms=milliseconds,
+        other_ms=statistics.median(others) if others else None,
+        other=other,
+        ratio=statistics.median(map(truediv, others, mine)) if others else None,
+        achieved=1e3 * work / milliseconds,
+        ceiling=ceiling,
+        unit=unit,
+        target=target,
+    )
+
+
+def sequence_call(kernel, inputs, dh, backward, **kwargs) -> Callable:
+    """A forward, or a forward and its gradient by autograd."""
+
+    def run():
+        if backward:
+            return torch.autograd.grad(kernel(*inputs, **kwargs), inputs, dh)
+        with torch.no_grad():
+            return kernel(*inputs, **kwargs)
+
+    return run
+
+
+def sequence_case(shape, dtype, backward, peak, seconds, target) -> Row:
+    """Ours beside the peer's chunkwise kernel, on the same tensors."""
     b, nh, s, dhqk, dhhv = shape
     inputs = tokens(*shape, dtype, backward)
     dh = torch.randn(b, nh, s, dhhv, dtype=dtype)
-
-    def call(kernel, **kwargs):
-        def run():
-            if not backward:
-                with torch.no_grad():
-                    return kernel(*inputs, **kwargs)
-            return torch.autograd.grad(kernel(*inputs, **kwargs), inputs, dh)
-
-        return run
-
-    ours = call(get_mlstm_kernel("chunkwise--xl_chunk"))
+    ours = sequence_call(get_mlstm_kernel("chunkwise--xl_chunk"), inputs, dh, backward)
     peer = None
     if get_peer_kernel and s % CHUNK == 0:
         peer_kernel = get_peer_kernel("chunkwise--native_autograd")
-        peer = call(peer_kernel, chunk_size=CHUNK, autocast_kernel_dtype=dtype)
-    mine, others = paired(ours, peer, seconds)
+        options = {"chunk_size": CHUNK, "autocast_kernel_dtype": dtype}
+        peer = sequence_call(peer_kernel, inputs, dh, backward, **options)
     name = str(dtype).removeprefix("torch.")
-    milliseconds = statistics.median(mine)
-    return Row(
-        case=f"{'fw+bw' if backward else 'fw'} B{b} NH{nh} S{s} {dhqk}x{dhhv} {name}",
-        ours_ms=milliseconds,
-        other_ms=statistics.median(others) if others else None,
-        other="mlstm_kernels native_autograd",
-        ratio=statistics.median(o / m for m, o in zip(mine, others)) if others else None,
-        achieved=sequence_flop(*shape, backward) / milliseconds / 1e6,
-        ceiling=peak,
-        unit="GFLOP/s",
-        target="",
+    return row(
+        f"{'fw+bw' if backward else 'fw'} B{b} NH{nh} S{s} {dhqk}x{dhhv} {name}",
+        paired(ours, peer, seconds),
+        "mlstm_kernels native_autograd",
+        sequence_flop(*shape, backward) / 1e9,
+        peak,
+        "GFLOP/s",
+        target,
     )
 
 
 def dtype_case(shape, backward, peak, seconds) -> Row:
     """bfloat16 beside float32 data, both ours."""
     b, nh, s, dhqk, dhhv = shape
+    kernel = get_mlstm_kernel("chunkwise--xl_chunk")
     runs = []
     for dtype in (torch.bfloat16, torch.float32):
-        inputs = tokens(*shape, dtype, backward)
         dh = torch.randn(b, nh, s, dhhv, dtype=dtype)
-        kernel = get_mlstm_kernel("chunkwise--xl_chunk")
-        if backward:
-            runs.append(lambda x=inputs, g=dh: torch.autograd.grad(kernel(*x), x, g))
-        else:
-            runs.append(lambda x=inputs: kernel(*x))
-    mine, others = paired(*runs, seconds)
-    milliseconds = statistics.median(mine)
-    return Row(
-        case=f"{'fw+bw' if backward else 'fw'} S{s} {dhqk}x{dhhv} bfloat16 against float32",
-        ours_ms=milliseconds,
-        other_ms=statistics.median(others),
-        other="mlstm float32",
-        ratio=statistics.median(o / m for m, o in zip(mine, others)),
-        achieved=sequence_flop(*shape, backward) / milliseconds / 1e6,
-        ceiling=peak,
-        unit="GFLOP/s",
-        target=">= 1",
+        runs.append(sequence_call(kernel, tokens(*shape, dtype, backward), dh, backward))
+    return row(
+        f"{'fw+bw' if backward else 'fw'} S{s} {dhqk}x{dhhv} bfloat16 beside float32",
+        paired(*runs, seconds),
+        "mlstm float32",
+        sequence_flop(*shape, backward) / 1e9,
+        peak,
+        "GFLOP/s",
+        ">= 1",
     )
 
 
 def step_inputs(b, nh, dhqk, dhhv):
-    state = [torch.zeros(b, nh, dhqk, dhhv), torch.zeros(b, nh, dhqk), torch.zeros(b, nh)]
-    x = [torch.randn(b, nh, dhqk), torch.randn(b, nh, dhqk), torch.randn(b, nh, dhhv)]
-    return x + [torch.randn(b, nh, 1), torch.randn(b, nh, 1) + 3], state
+    """q, k, v, i, f of one token per row, and c, n, m."""
+    x = [torch.randn(b, nh, d) for d in (dhqk, dhqk, dhhv, 1)]
+    state = [torch.zeros(b, nh, dhqk, dhhv), torch.zeros(b, nh, dhqk), torch.zeros(b, nh, 1)]
+    return [*x, torch.randn(b, nh, 1) + 3], state
 
 
 def step_case(b, nh, dhqk, dhhv, seconds) -> Row:
     """The step in place, beside a copy of a state of the same size."""
-    inputs, state = step_inputs(b, nh, dhqk, dhhv)
-    q, k, v, i, f = (x.unsqueeze(2) if x.shape[-1] > 1 else x for x in inputs)
-    source, target = torch.randn_like(state[0]), torch.empty_like(state[0])
-    mine, others = paired(
-        lambda: torch.ops.mlstm.step_(q, k, v, i, f, *state),
+    (q, k, v, i, f), (c, n, m) = step_inputs(b, nh, dhqk, dhhv)
+    q, k, v, m = q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), m.squeeze(2)
+    source, target = torch.randn_like(c), torch.empty_like(c)
+    runs = paired(
+        lambda: torch.ops.mlstm.step_(q, k, v, i, f, c, n, m),
         lambda: target.copy_(source),
         seconds,
     )
-    gigabytes = 2 * state[0].numel() * 4 / 1e9
-    copy = statistics.median(others)
-    milliseconds = statistics.median(mine)
-    return Row(
-        case=f"step B{b} NH{nh} {dhqk}x{dhhv}, in place",
-        ours_ms=milliseconds,
-        other_ms=copy,
-        other="copy of a state",
-        ratio=statistics.median(o / m for m, o in zip(mine, others)),
-        achieved=gigabytes / milliseconds * 1e3,
-        ceiling=gigabytes / copy * 1e3,
-        unit="GB/s",
-        target=">= 0.8",
-    )
+    gigabytes = 2 * c.numel() * 4 / 1e9
+    rate = 1e3 * gigabytes / statistics.median(runs[1])
+    name = f"step B{b} NH{nh} {dhqk}x{dhhv}, in place"
+    return row(name, runs, "copy of a state", gigabytes, rate, "GB/s", ">= 0.8")
 
 
 def step_peer_case(b, nh, dhqk, dhhv, seconds) -> Row:
     """The functional step, beside the peer's."""
-    inputs, (c, n, m) = step_inputs(b, nh, dhqk, dhhv)
-    args = {"c": c, "n": n, "m": m.unsqueeze(-1)}
+    inputs, state = step_inputs(b, nh, dhqk, dhhv)
     ours, peer = get_mlstm_step_kernel("step"), get_peer_step_kernel("native")
-    mine, others = paired(lambda: ours(*inputs, **args), lambda: peer(*inputs, **args), seconds)
-    gigabytes = 2 * c.numel() * 4 / 1e9
-    milliseconds = statistics.median(mine)
-    return Row(
-        case=f"step B{b} NH{nh} {dhqk}x{dhhv}, new state",
-        ours_ms=milliseconds,
-        other_ms=statistics.median(others),
-        other="mlstm_kernels native step",
-        ratio=statistics.median(o / m for m, o in zip(mine, others)),
-        achieved=gigabytes / milliseconds * 1e3,
-        ceiling=float("nan"),
-        unit="GB/s",
-        target="",
-    )
-
-
-def with_target(row: Row, target: str) -> Row:
-    row.target = target
-    return row
+    names = dict(zip(("q", "k", "v", "i", "f", "c", "n", "m"), inputs + state, strict=True))
+    runs = paired(lambda: ours(**names), lambda: peer(**names), seconds)
+    gigabytes = 2 * state[0].numel() * 4 / 1e9
+    name = f"step B{b} NH{nh} {dhqk}x{dhhv}, new state"
+    return row(name, runs, "mlstm_kernels native step", gigabytes, None, "GB/s")
 
 
 def cases(peak: float, seconds: float) -> list[Callable[[], Row]]:
@@ -232,15 +219,11 @@ def cases(peak: float, seconds: float) -> list[Callable[[], Row]]:
             for backward in (False, True):
                 target = ">= 5" if backward else ">= 2"
                 target = target if shape == main and dtype == torch.float32 else ""
-                out.append(
-                    lambda s=shape, d=dtype, w=backward, t=target: with_target(
-                        sequence_case(s, d, w, peak, seconds), t
-                    )
-                )
-    out += [lambda w=w: dtype_case(main, w, peak, seconds) for w in (False, True)]
-    out += [lambda b=b: step_case(b, 8, 256, 512, seconds) for b in (1, 8)]
+                out.append(partial(sequence_case, shape, dtype, backward, peak, seconds, target))
+    out += [partial(dtype_case, main, backward, peak, seconds) for backward in (False, True)]
+    out += [partial(step_case, b, 8, 256, 512, seconds) for b in (1, 8)]
     if get_peer_step_kernel:
-        out += [lambda b=b: step_peer_case(b, 8, 256, 512, seconds) for b in (1, 8)]
+        out += [partial(step_peer_case, b, 8, 256, 512, seconds) for b in (1, 8)]
     return out
 
 
@@ -269,9 +252,8 @@ def main() -> None:
     )
     rows = []
     for case in tqdm(cases(peak, seconds), unit="case", file=sys.stderr):
-        row = case()
-        rows.append(row)
-        tqdm.write(str(row), file=sys.stdout)
+        rows.append(case())
+        tqdm.write(str(rows[-1]), file=sys.stdout)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(
         json.dumps({"machine": machine, "rows": [asdict(r) for r in rows]}, indent=1)
