@@ -25,6 +25,8 @@ endif
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 VENV := .venv
 PY := $(VENV)/bin/python
+# The last thing that setup builds.
+EXTENSION := bindings/python/mlstm/_lib/mlstm_torch.so
 STAGE := $(abspath build/stage)
 REQUIREMENTS := bindings/python/requirements-dev.txt tests/requirements.txt
 C_FILES := $(wildcard bindings/*/*.cpp examples/c/*.[ch] examples/cpp/*.cpp examples/cpp/*.h \
@@ -43,7 +45,7 @@ help: ## this list
 # ---- Building ---------------------------------------------------------------------------------
 
 .PHONY: setup
-setup: $(VENV)/.binding ## build everything: the library, ./.venv with torch, the Python package
+setup: $(EXTENSION) ## build everything: the library, ./.venv with torch, the Python package
 
 # The kernels' compiler: the caller's ($NVCC, $CUDA_HOME or PATH), else NVIDIA's wheels. All five
 # of one version: by themselves they would come in versions that do not fit each other.
@@ -67,7 +69,7 @@ $(TARGET)/release/libmlstm.so: FORCE $(NVCC_READY)
 	$(call heading,libmlstm (release))
 	$(CARGO) build --release $(CARGO_FLAGS)
 
-# The stamps live in the venv, so that removing it starts afresh.
+# The stamp lives in the venv, so that removing it starts afresh.
 $(VENV)/.requirements: $(REQUIREMENTS)
 	$(call heading,Python packages in $(VENV): torch is large and can take minutes)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
@@ -75,12 +77,11 @@ $(VENV)/.requirements: $(REQUIREMENTS)
 	$(PY) -m pip install --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
 	@touch $@
 
-$(VENV)/.binding: $(VENV)/.requirements $(TARGET)/release/libmlstm.so include/mlstm.h \
+$(EXTENSION): $(VENV)/.requirements $(TARGET)/release/libmlstm.so include/mlstm.h \
 		$(wildcard bindings/torch/*) pyproject.toml setup.py
 	$(call heading,PyTorch extension and Python package)
 	$(PY) bindings/torch/build.py --library $(TARGET)/release/libmlstm.so
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
-	@touch $@
 
 .PHONY: header
 header: $(NVCC_READY) ## regenerate include/mlstm.h from src/capi
@@ -189,4 +190,4 @@ fuzz: ## FUZZ_SECONDS of each fuzz target
 .PHONY: clean
 clean: ## remove what was built, but for .venv
 	$(CARGO) clean
-	rm -rf build bindings/python/mlstm/_lib $(VENV)/.binding
+	rm -rf build bindings/python/mlstm/_lib

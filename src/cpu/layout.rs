@@ -79,10 +79,11 @@ impl Layout {
         let chunks_per_head = plan.num_chunks as usize;
         let lanes = (problem.state_rows() * problem.nh) as usize;
         let (state_rows, state_cols) = if backward { (dv, dk) } else { (dk, dv) };
-        let slot = state_rows * leading(state_cols) + padded(dk);
+        // Products saturate: the carver refuses what does not fit the address space.
+        let slot = state_rows.saturating_mul(leading(state_cols)).saturating_add(padded(dk));
         // A lane's chunks, all of its row's tokens at most.
         let chunks = (problem.s as usize).div_ceil(chunk);
-        let budget = (STATE_BYTES / (slot * size_of::<T>())).max(4 * pool::threads());
+        let budget = (STATE_BYTES / slot.saturating_mul(size_of::<T>())).max(4 * pool::threads());
         let group = (budget / lanes.clamp(1, 4)).clamp(1, GROUP).min(chunks.max(1));
         let largest = Self::slots_of(chunks, group, backward);
         let all = if problem.num_seqs.is_some() {
@@ -148,32 +149,32 @@ impl Layout {
         let tile = TILE * TILE_LD;
         let sizes: [usize; 14] = if backward {
             [
-                TILE * ldk,
-                TILE * ldk,
-                dkp * TILE_LD,
-                TILE * ldv,
+                TILE.saturating_mul(ldk),
+                TILE.saturating_mul(ldk),
+                dkp.saturating_mul(TILE_LD),
+                TILE.saturating_mul(ldv),
                 tile,
                 tile,
-                TILE * ldv,
+                TILE.saturating_mul(ldv),
                 TILE * TILE / 2,
-                TILE * ldk,
-                TILE * ldk,
-                dvp * TILE_LD,
-                TILE * ldv,
+                TILE.saturating_mul(ldk),
+                TILE.saturating_mul(ldk),
+                dvp.saturating_mul(TILE_LD),
+                TILE.saturating_mul(ldv),
                 tile,
-                dkp * ldv,
+                dkp.saturating_mul(ldv),
             ]
         } else {
             [
-                TILE * ldk,
-                TILE * ldk,
-                dkp * TILE_LD,
-                TILE * ldv,
+                TILE.saturating_mul(ldk),
+                TILE.saturating_mul(ldk),
+                dkp.saturating_mul(TILE_LD),
+                TILE.saturating_mul(ldv),
                 tile,
                 tile,
-                TILE * ldv,
+                TILE.saturating_mul(ldv),
                 TILE * TILE / 2,
-                TILE * ldk,
+                TILE.saturating_mul(ldk),
                 0,
                 0,
                 0,

@@ -33,7 +33,8 @@ impl StepLayout {
     pub(crate) fn new<T>(problem: &Problem) -> Result<Self> {
         let (tokens, dk, dv) = (problem.s as usize, problem.dhqk as usize, problem.dhhv as usize);
         let mut scratch = Carver::default();
-        let (wide_k, wide_v) = (tokens * leading(dk), tokens * leading(dv));
+        let (wide_k, wide_v) =
+            (tokens.saturating_mul(leading(dk)), tokens.saturating_mul(leading(dv)));
         let matrices = [wide_k, wide_k, wide_v, wide_v, padded(dk), 2 * padded(tokens)]
             .map(|size| scratch.take::<T>(size));
         let scratch_len = scratch.total()?;
