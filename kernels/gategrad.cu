@@ -1,7 +1,10 @@
 // Gradients of the gates, from what the other backward kernels leave per token and per chunk:
 //   dlogf_t = E_c + sum over the chunk's tokens u >= t of (q_u.dq_u - k_u.dk_u)
+// At a chunk's first token that is also E_{c-1}. What rounding makes of the difference is spread over
+// the sum in proportion to what its terms may have contributed, so that errors of 16-bit products do
+// not pile up over a chunk.
 //   di_t    = k_t.dk_t
-//   df      = dlogf sigmoid(-f);  sigmoid gate: di *= sigmoid(-i)
+//   df      = dlogf sigmoid<Acc>(-f);  sigmoid gate: di *= sigmoid<Acc>(-i)
 // h depends on m only through eps, and the caller may have a gradient for m_last; both reach the
 // gates along the path of the maximum: walking backward, `through_m` collects dm and goes to dlogf
 // where m follows the forget gate (and on to the token before), to di where it follows the input.
@@ -61,9 +64,27 @@ __device__ __forceinline__ double sum_partials(const void* data, int64_t first, 
   return sum;
 }
 
+// The same for `count` neighbours, by a whole warp.
 template <typename Acc>
-__device__ __forceinline__ double chunk_e(const Args& args, int64_t c, int h) {
-  return sum_partials<Acc>(args.e, chunk_index(args, c, h) * args.e_tiles, 1, args.e_tiles);
+__device__ __forceinline__ double warp_sum(const void* data, int64_t first, int count, int lane) {
+  double sum = 0.0;
+  for (int part = lane; part < count; part += 32) {
+    sum += static_cast<const Acc*>(data)[first + part];
+  }
+  for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(kFullWarp, sum, delta);
+  return sum;
+}
+
+template <typename Acc>
+__device__ __forceinline__ double chunk_e(const Args& args, int64_t c, int h, int lane) {
+  return warp_sum<Acc>(args.e, chunk_index(args, c, h) * args.e_tiles, args.e_tiles, lane);
+}
+
+// <dC, C> + <dn, n> before the first token of a row.
+template <typename Acc>
+__device__ __forceinline__ double first_e(const Args& args, int row, int h, int lane) {
+  int64_t head = static_cast<int64_t>(row) * args.nh + h;
+  return warp_sum<Acc>(args.e_first, head * args.e_tiles, args.e_tiles, lane);
 }
 
 // The gates of a lane's tokens and their part of the path.
@@ -77,7 +98,7 @@ __device__ __forceinline__ Path lane_path(const Args& args, const LaneTokens& to
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
     if (j >= tokens.count) continue;
-    gates[j] = token_gates(tokens.i[j], tokens.logf[j], m, exponential);
+    gates[j] = token_gates<Acc>(tokens.i[j], tokens.logf[j], m, exponential);
     m = gates[j].m;
     dm[j] = exponential ? static_cast<const Acc*>(args.dm)[base + j] : 0.0;
     // A token adds its dm first and then passes all on, or nothing.
@@ -93,7 +114,7 @@ __device__ __forceinline__ void reduce(const Args& args) {
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  LaneTokens tokens = lane_tokens(args, c, h, lane);
+  LaneTokens tokens = lane_tokens<Acc>(args, c, h, lane);
   double* scratch = chunk_gates(args, c, h);
   double m = lane_m(tokens, scratch[2], lane);
   TokenGates gates[kPerLane];
@@ -116,14 +137,14 @@ __device__ __forceinline__ void scan(const Args& args) {
   int64_t end = first_chunk(args, row + 1);
   double e_first = 0.0;
   if (args.dm_initial.data != nullptr || begin == end) {
-    e_first = sum_partials<Acc>(args.e_first, item * args.e_tiles, 1, args.e_tiles);
+    e_first = first_e<Acc>(args, row, h, lane);
   }
   // A literal gradient of m_last, beyond what keeps C e^m as it is.
   double x = 0.0;
   if (args.dm_last.data != nullptr) {
     int64_t index = row * args.dm_last.stride_b + h * args.dm_last.stride_h;
     x = static_cast<const Acc*>(args.dm_last.data)[index];
-    x -= begin == end ? e_first : chunk_e<Acc>(args, end - 1, h);
+    x -= begin == end ? e_first : chunk_e<Acc>(args, end - 1, h, lane);
   }
   // Lane 31 takes the last chunk of each group of 32.
   for (int64_t c = end - 32; c + 32 > begin; c -= 32) {
@@ -149,7 +170,7 @@ __device__ __forceinline__ void emit(const Args& args) {
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  LaneTokens tokens = lane_tokens(args, c, h, lane);
+  LaneTokens tokens = lane_tokens<Acc>(args, c, h, lane);
   if (tokens.chunk.len == 0) return;
   bool exponential = (args.flags & kExponential) != 0;
   double m = exponential ? lane_m(tokens, chunk_gates(args, c, h)[2], lane) : 0.0;
@@ -168,22 +189,35 @@ __device__ __forceinline__ void emit(const Args& args) {
   double q_dq[kPerLane];
   double k_dk[kPerLane];
   double mine = 0.0;
+  double my_weight = 0.0;
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
     if (j >= tokens.count) continue;
     q_dq[j] = sum_partials<Acc>(args.q_dq, base + j, stride, args.qk_tiles);
     k_dk[j] = sum_partials<Acc>(args.k_dk, base + j, stride, args.qk_tiles);
     mine += q_dq[j] - k_dk[j];
+    my_weight += q_dq[j] * q_dq[j] + k_dk[j] * k_dk[j];
   }
-  double dlogf = suffix_sum(mine, lane) - mine + chunk_e<Acc>(args, c, h);
+  double e = chunk_e<Acc>(args, c, h, lane);
+  double upto = suffix_sum(mine, lane);
+  double weight_upto = suffix_sum(my_weight, lane);
+  double dlogf = upto - mine + e;
+  double weight = weight_upto - my_weight + e * e;
+  double all = __shfl_sync(kFullWarp, upto, 0) + e;
+  double all_weight = __shfl_sync(kFullWarp, weight_upto, 0) + e * e;
+  double before = c > first_chunk(args, tokens.chunk.row)
+                      ? chunk_e<Acc>(args, c - 1, h, lane)
+                      : first_e<Acc>(args, tokens.chunk.row, h, lane);
+  double correction = all_weight > 0.0 ? (before - all) / all_weight : 0.0;
 
 #pragma unroll
   for (int j = kPerLane - 1; j >= 0; --j) {
     if (j >= tokens.count) continue;
     dlogf += q_dq[j] - k_dk[j];
+    weight += q_dq[j] * q_dq[j] + k_dk[j] * k_dk[j];
     through_m += dm[j];
     // A token that forgets all has no gradient there; the sum above is 0 up to rounding only.
-    double d_f = gates[j].step * kLog2E < kForgets ? 0.0 : dlogf;
+    double d_f = gates[j].step * kLog2E < kForgets ? 0.0 : dlogf + correction * weight;
     double d_i = k_dk[j];
     if (exponential && gates[j].forgets) {
       d_f += through_m;
@@ -191,9 +225,9 @@ __device__ __forceinline__ void emit(const Args& args) {
       d_i += through_m;
       through_m = 0.0;
     } else {
-      d_i *= sigmoid(-tokens.i[j]);
+      d_i *= sigmoid<Acc>(-tokens.i[j]);
     }
-    d_f *= sigmoid(-tokens.f[j]);
+    d_f *= sigmoid<Acc>(-tokens.f[j]);
     int64_t t = tokens.first + j;
     store_double(args.di.data, tokens.b * args.di.stride_b + h * args.di.stride_h +
                  t * args.di.stride_s, args.gate_dtype, d_i);
@@ -207,18 +241,21 @@ __device__ __forceinline__ void emit(const Args& args) {
 
 using mlstm::Args;
 
-#define MLSTM_GATE_GRADIENT(ACC, SUFFIX)                                        \
-  extern "C" __global__ void __launch_bounds__(128)                             \
-      gategrad_reduce_##SUFFIX(const __grid_constant__ Args args) {             \
-    mlstm::reduce<ACC>(args);                                                   \
-  }                                                                             \
-  extern "C" __global__ void __launch_bounds__(128)                             \
-      gategrad_scan_##SUFFIX(const __grid_constant__ Args args) {               \
-    mlstm::scan<ACC>(args);                                                     \
-  }                                                                             \
-  extern "C" __global__ void __launch_bounds__(128)                             \
-      gategrad_emit_##SUFFIX(const __grid_constant__ Args args) {               \
-    mlstm::emit<ACC>(args);                                                     \
-  }
+#define MLSTM_GATE_GRADIENT(ACC, SUFFIX)                               \
+  extern "C" __global__ void __launch_bounds__(128)                    \
+      gategrad_reduce_##SUFFIX(const __grid_constant__ Args args) {    \
+    mlstm::reduce<ACC>(args);                                          \
+  }                                                                    \
+  MLSTM_GEOMETRY(gategrad_reduce_##SUFFIX, mlstm::kWarps, 1, 128, 0)   \
+  extern "C" __global__ void __launch_bounds__(128)                    \
+      gategrad_scan_##SUFFIX(const __grid_constant__ Args args) {      \
+    mlstm::scan<ACC>(args);                                            \
+  }                                                                    \
+  MLSTM_GEOMETRY(gategrad_scan_##SUFFIX, mlstm::kWarps, 1, 128, 0)     \
+  extern "C" __global__ void __launch_bounds__(128)                    \
+      gategrad_emit_##SUFFIX(const __grid_constant__ Args args) {      \
+    mlstm::emit<ACC>(args);                                            \
+  }                                                                    \
+  MLSTM_GEOMETRY(gategrad_emit_##SUFFIX, mlstm::kWarps, 1, 128, 0)
 MLSTM_GATE_GRADIENT(float, f32)
 MLSTM_GATE_GRADIENT(double, f64)

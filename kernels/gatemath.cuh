@@ -1,5 +1,5 @@
-// The arithmetic of the gates, in double for every dtype: stabilisers and exponents are sums over
-// the whole sequence, and float32 sums would not keep 1e-5.
+// The arithmetic of the gates. Stabilisers and exponents are sums over the whole sequence, in double
+// for every dtype: float32 sums would not keep 1e-5. The functions of one token are Acc's.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -42,11 +42,37 @@ __device__ __forceinline__ double load_gate(const Args& args, const Tensor& gate
 }
 
 // log(sigmoid(x)) without overflow.
+template <typename Acc>
 __device__ __forceinline__ double logsigmoid(double x) {
   return fmin(x, 0.0) - log1p(exp(-fabs(x)));
 }
+template <>
+__device__ __forceinline__ double logsigmoid<float>(double x) {
+  return fmin(x, 0.0) - static_cast<double>(log1pf(expf(-fabsf(static_cast<float>(x)))));
+}
 
-__device__ __forceinline__ double sigmoid(double x) { return exp(logsigmoid(x)); }
+template <typename Acc>
+__device__ __forceinline__ double sigmoid(double x) {
+  return 1.0 / (1.0 + exp(-x));
+}
+template <>
+__device__ __forceinline__ double sigmoid<float>(double x) {
+  return 1.0f / (1.0f + expf(-static_cast<float>(x)));
+}
+
+// 2^x; float keeps the digits of x that it cannot hold itself.
+template <typename Acc>
+__device__ __forceinline__ Acc power_of_2(double x) {
+  return exp2(x);
+}
+template <>
+__device__ __forceinline__ float power_of_2<float>(double x) {
+  float hi = static_cast<float>(x);
+  float lo = static_cast<float>(x - static_cast<double>(hi));
+  float power = exp2f(hi);
+  // hi may be infinite, and lo then is not a number.
+  return power == 0.0f || isinf(power) ? power : power * fmaf(lo, 0.69314718f, 1.0f);
+}
 
 // Effect of consecutive tokens on m: m -> max(m + decay, floor).
 struct MaxPlus {
@@ -112,12 +138,13 @@ __device__ __forceinline__ double clamp_never(double x) {
   return x < kNever / kLog2E ? kNever / kLog2E : x;
 }
 
+template <typename Acc>
 __device__ __forceinline__ TokenGates token_gates(double i, double logf, double m_before,
                                                   bool exponential) {
   TokenGates gates;
   if (!exponential) {
     gates.step = clamp_never(logf);
-    gates.source = clamp_never(logsigmoid(i));
+    gates.source = clamp_never(logsigmoid<Acc>(i));
     gates.m = 0.0;
     gates.forgets = true;
     return gates;
@@ -148,6 +175,7 @@ struct LaneTokens {
   double logf[kPerLane];
 };
 
+template <typename Acc>
 __device__ __forceinline__ LaneTokens lane_tokens(const Args& args, int64_t c, int h, int lane) {
   LaneTokens tokens;
   tokens.chunk = chunk_at(args, c);
@@ -161,7 +189,7 @@ __device__ __forceinline__ LaneTokens lane_tokens(const Args& args, int64_t c, i
     if (j < tokens.count) {
       tokens.i[j] = load_gate(args, args.i, tokens.b, h, tokens.first + j);
       tokens.f[j] = load_gate(args, args.f, tokens.b, h, tokens.first + j);
-      tokens.logf[j] = logsigmoid(tokens.f[j]);
+      tokens.logf[j] = logsigmoid<Acc>(tokens.f[j]);
     }
   }
   return tokens;

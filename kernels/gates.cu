@@ -1,16 +1,13 @@
 // From gate pre-activations to the per-token vectors of params.cuh, in four kernels:
-//   chunk_table   packed sequences only: offsets on the device -> chunks      1 block of 1024
-//   gates_reduce  effect of each chunk on m                                   warp per chunk, head
-//   gates_scan    m at each chunk's start, m_last                             warp per row, head
-//   gates_emit_*  m, exponents, weights                                       warp per chunk, head
+//   chunk_table     packed sequences only: offsets on the device -> chunks    1 block of 1024
+//   gates_reduce_*  effect of each chunk on m                                 warp per chunk, head
+//   gates_scan_*    m at each chunk's start, m_last                           warp per row, head
+//   gates_emit_*    m, exponents, weights                                     warp per chunk, head
 // Blocks have 128 threads unless said otherwise. The sigmoid gate (m = 0) needs gates_emit only.
 #include "gatemath.cuh"
 
 namespace mlstm {
 namespace {
-
-__device__ __forceinline__ float exp2_acc(float, double x) { return static_cast<float>(exp2(x)); }
-__device__ __forceinline__ double exp2_acc(double, double x) { return exp2(x); }
 
 template <typename Acc>
 __device__ __forceinline__ Pair<Acc> split(double x) {
@@ -25,7 +22,7 @@ __device__ __forceinline__ void emit(const Args& args) {
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  LaneTokens tokens = lane_tokens(args, c, h, lane);
+  LaneTokens tokens = lane_tokens<Acc>(args, c, h, lane);
   if (tokens.chunk.len == 0) return;
   bool exponential = (args.flags & kExponential) != 0;
   double m = exponential ? lane_m(tokens, chunk_gates(args, c, h)[2], lane) : 0.0;
@@ -35,7 +32,7 @@ __device__ __forceinline__ void emit(const Args& args) {
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
     if (j < tokens.count) {
-      gates[j] = token_gates(tokens.i[j], tokens.logf[j], m, exponential);
+      gates[j] = token_gates<Acc>(tokens.i[j], tokens.logf[j], m, exponential);
       m = gates[j].m;
       mine += gates[j].step * kLog2E;
     }
@@ -54,27 +51,28 @@ __device__ __forceinline__ void emit(const Args& args) {
     double source = gates[j].source * kLog2E;
     static_cast<Pair<Acc>*>(args.row)[base + j] = split<Acc>(phi);
     static_cast<Pair<Acc>*>(args.col)[base + j] = split<Acc>(source - phi);
-    static_cast<Acc*>(args.w)[base + j] = exp2_acc(Acc(), phi);
+    static_cast<Acc*>(args.w)[base + j] = power_of_2<Acc>(phi);
     // Rounding may leave the difference of equal sums a little above 0.
-    static_cast<Acc*>(args.a)[base + j] = exp2_acc(Acc(), fmin(total - phi, 0.0) + source);
+    static_cast<Acc*>(args.a)[base + j] = power_of_2<Acc>(fmin(total - phi, 0.0) + source);
     static_cast<Acc*>(args.floor)[base + j] =
-        exponential ? static_cast<Acc>(exp(-gates[j].m)) : static_cast<Acc>(1);
+        exponential ? power_of_2<Acc>(-gates[j].m * kLog2E) : static_cast<Acc>(1);
     if (args.write_m != 0) {
       int64_t index = tokens.b * args.m.stride_b + h * args.m.stride_h +
                       (tokens.first + j) * args.m.stride_s;
       static_cast<Acc*>(args.m.data)[index] = static_cast<Acc>(gates[j].m);
     }
   }
-  if (lane == 0) static_cast<Acc*>(args.g)[chunk_index(args, c, h)] = exp2_acc(Acc(), total);
+  if (lane == 0) static_cast<Acc*>(args.g)[chunk_index(args, c, h)] = power_of_2<Acc>(total);
 }
 
+template <typename Acc>
 __device__ __forceinline__ void reduce(const Args& args) {
   int64_t item;
   int lane;
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  MaxPlus mine = inclusive_scan(effect(lane_tokens(args, c, h, lane)), lane);
+  MaxPlus mine = inclusive_scan(effect(lane_tokens<Acc>(args, c, h, lane)), lane);
   if (lane == 31) {
     double* out = chunk_gates(args, c, h);
     out[0] = mine.decay;
@@ -202,18 +200,23 @@ using mlstm::Args;
 extern "C" __global__ void __launch_bounds__(1024) chunk_table(const __grid_constant__ Args args) {
   mlstm::table(args);
 }
-extern "C" __global__ void __launch_bounds__(128) gates_reduce(const __grid_constant__ Args args) {
-  mlstm::reduce(args);
-}
-extern "C" __global__ void __launch_bounds__(128) gates_scan_f32(const __grid_constant__ Args args) {
-  mlstm::scan<float>(args);
-}
-extern "C" __global__ void __launch_bounds__(128) gates_scan_f64(const __grid_constant__ Args args) {
-  mlstm::scan<double>(args);
-}
-extern "C" __global__ void __launch_bounds__(128, 4) gates_emit_f32(const __grid_constant__ Args args) {
-  mlstm::emit<float>(args);
-}
-extern "C" __global__ void __launch_bounds__(128, 4) gates_emit_f64(const __grid_constant__ Args args) {
-  mlstm::emit<double>(args);
-}
+MLSTM_GEOMETRY(chunk_table, 1, 1, 1024, 0)
+
+#define MLSTM_GATES(ACC, SUFFIX)                                                                 \
+  extern "C" __global__ void __launch_bounds__(128)                                              \
+      gates_reduce_##SUFFIX(const __grid_constant__ Args args) {                                 \
+    mlstm::reduce<ACC>(args);                                                                    \
+  }                                                                                              \
+  MLSTM_GEOMETRY(gates_reduce_##SUFFIX, mlstm::kWarps, 1, 128, 0)                                \
+  extern "C" __global__ void __launch_bounds__(128)                                              \
+      gates_scan_##SUFFIX(const __grid_constant__ Args args) {                                   \
+    mlstm::scan<ACC>(args);                                                                      \
+  }                                                                                              \
+  MLSTM_GEOMETRY(gates_scan_##SUFFIX, mlstm::kWarps, 1, 128, 0)                                  \
+  extern "C" __global__ void __launch_bounds__(128, 4)                                           \
+      gates_emit_##SUFFIX(const __grid_constant__ Args args) {                                   \
+    mlstm::emit<ACC>(args);                                                                      \
+  }                                                                                              \
+  MLSTM_GEOMETRY(gates_emit_##SUFFIX, mlstm::kWarps, 1, 128, 0)
+MLSTM_GATES(float, f32)
+MLSTM_GATES(double, f64)

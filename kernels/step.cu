@@ -60,7 +60,7 @@ __device__ __forceinline__ Row row_of(const StepArgs& args, int b) {
 __device__ __forceinline__ float log_sigmoid(float x) {
   return fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
 }
-__device__ __forceinline__ double log_sigmoid(double x) { return logsigmoid(x); }
+__device__ __forceinline__ double log_sigmoid(double x) { return logsigmoid<double>(x); }
 
 template <typename Acc>
 __device__ __forceinline__ Acc load(const Tensor& t, int64_t offset, int32_t dtype) {
@@ -387,17 +387,20 @@ extern "C" __global__ void __launch_bounds__(128) step_gates_f32(
     const __grid_constant__ StepArgs args) {
   mlstm::gates<float>(args);
 }
+MLSTM_GEOMETRY(step_gates_f32, 1, 1, 128, 0)
 extern "C" __global__ void __launch_bounds__(128) step_gates_f64(
     const __grid_constant__ StepArgs args) {
   mlstm::gates<double>(args);
 }
+MLSTM_GEOMETRY(step_gates_f64, 1, 1, 128, 0)
 
 #define MLSTM_STEP(STATE, ACC, NAME, VEC, TOKENS)                         \
   extern "C" __global__ void __launch_bounds__(256)                       \
       step_state_##NAME##_v##VEC##_t##TOKENS(                             \
           const __grid_constant__ StepArgs args) {                        \
     mlstm::state<STATE, ACC, VEC, TOKENS>(args);                          \
-  }
+  }                                                                       \
+  MLSTM_GEOMETRY(step_state_##NAME##_v##VEC##_t##TOKENS, 1, mlstm::kColumns, 256, 0)
 // 16 bytes at once, but where the registers of 16 tokens allow less.
 #define MLSTM_STEP_TOKENS(STATE, ACC, NAME, VEC, VEC16) \
   MLSTM_STEP(STATE, ACC, NAME, VEC, 1)                  \

@@ -2,7 +2,7 @@
 
 use std::ptr::null_mut;
 
-use super::driver::{self, Device, Geometry, Launch};
+use super::driver::{self, Device};
 use super::layout::{self, ceil_div};
 use super::params::{self, Args, Tensor};
 use crate::dispatch::Plan;
@@ -12,19 +12,12 @@ use crate::problem::Problem;
 use crate::tensor::{DType, View};
 use crate::workspace::{Stream, Workspace};
 
-/// Warps of a block of the gate kernels, each with one chunk or row of a head.
-const GATE_WARPS: i64 = 4;
-
-/// Tokens of a block of the delta kernel.
-const DELTA_TOKENS: i64 = 32;
-
 /// Blocks with which the larger state tiles fill a device well enough.
 const BIG_TILE_BLOCKS: i64 = 100;
 
 /// A kernel on tiles of a matrix, chosen for the problem.
 struct Tiled {
     name: String,
-    geometry: Geometry,
     /// Tiles of one chunk state, or column tiles of one block of rows.
     tiles: i64,
     grid: i64,
@@ -99,7 +92,7 @@ pub(crate) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
         run.gates()?;
         run.tiled(&run.states_kernel("states")?)?;
         let tokens = p.b * p.nh * p.s;
-        run.launch(&format!("delta_{}", run.data()), ceil_div(tokens, DELTA_TOKENS), 256, 0)?;
+        run.launch_items(&format!("delta_{}", run.data()), tokens)?;
         for kernel in [&dstates, &dv, &dq, &dk] {
             run.tiled(kernel)?;
         }
@@ -189,14 +182,14 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn launch(&self, name: &str, grid: i64, threads: u32, shared: u32) -> Result<()> {
-        let launch = Launch { grid, threads, shared, overlap: false };
-        self.device.launch(self.stream, name, launch, &self.args)
+    fn launch(&self, name: &str, blocks: i64) -> Result<()> {
+        self.device.launch(self.stream, name, blocks, false, &self.args)
     }
 
-    /// A kernel of the gates: a warp for each of `items`.
-    fn launch_gates(&self, name: &str, items: i64) -> Result<()> {
-        self.launch(name, ceil_div(items, GATE_WARPS), 32 * GATE_WARPS as u32, 0)
+    /// A kernel whose blocks take `rows` (of their geometry) items each.
+    fn launch_items(&self, name: &str, items: i64) -> Result<()> {
+        let geometry = self.device.geometry(name).ok_or_else(|| no_kernel(name))?;
+        self.launch(name, ceil_div(items, i64::from(geometry.rows)))
     }
 
     fn acc(&self) -> &'static str {
@@ -218,8 +211,7 @@ impl Run<'_> {
     }
 
     fn tiled(&self, kernel: &Tiled) -> Result<()> {
-        let Geometry { threads, shared, .. } = kernel.geometry;
-        self.launch(&kernel.name, kernel.grid, threads as u32, shared as u32)
+        self.launch(&kernel.name, kernel.grid)
     }
 
     /// A kernel that walks along the chunks with a tile of the state: `states` or `dstates`.
@@ -229,12 +221,14 @@ impl Run<'_> {
             let geometry = self.device.geometry(&name)?;
             let (rows, cols) = (i64::from(geometry.rows), i64::from(geometry.cols));
             let tiles = ceil_div(p.dhqk, rows) * ceil_div(p.dhhv, cols);
-            Some(Tiled { name, geometry, tiles, grid: heads * tiles })
+            let enough = heads * tiles >= BIG_TILE_BLOCKS && p.dhqk > rows / 2;
+            Some((Tiled { name, tiles, grid: heads * tiles }, enough))
         };
         let small = format!("{base}_{}", self.data());
         tiled(format!("{small}_big"))
-            .filter(|big| big.grid >= BIG_TILE_BLOCKS && p.dhqk > i64::from(big.geometry.rows) / 2)
+            .filter(|(_, enough)| *enough)
             .or_else(|| tiled(small.clone()))
+            .map(|(kernel, _)| kernel)
             .ok_or_else(|| no_kernel(&small))
     }
 
@@ -254,7 +248,7 @@ impl Run<'_> {
             let tiles = ceil_div(columns, cols);
             let grid = self.chunks() * ceil_div(chunk_len, rows) * tiles;
             let enough = cols >= columns && width != "small";
-            chosen = Some(Tiled { name, geometry, tiles, grid });
+            chosen = Some(Tiled { name, tiles, grid });
             if enough {
                 break;
             }
@@ -264,21 +258,21 @@ impl Run<'_> {
 
     fn gates(&self) -> Result<()> {
         if self.problem.num_seqs.is_some() {
-            self.launch("chunk_table", 1, 1024, 0)?;
+            self.launch("chunk_table", 1)?;
         }
         if self.problem.gate.has_stabilizer() {
-            self.launch_gates("gates_reduce", self.chunks())?;
-            self.launch_gates(&format!("gates_scan_{}", self.acc()), self.heads())?;
+            self.launch_items(&format!("gates_reduce_{}", self.acc()), self.chunks())?;
+            self.launch_items(&format!("gates_scan_{}", self.acc()), self.heads())?;
         }
-        self.launch_gates(&format!("gates_emit_{}", self.acc()), self.chunks())
+        self.launch_items(&format!("gates_emit_{}", self.acc()), self.chunks())
     }
 
     fn gate_gradients(&self) -> Result<()> {
         let acc = self.acc();
         if self.problem.gate.has_stabilizer() {
-            self.launch_gates(&format!("gategrad_reduce_{acc}"), self.chunks())?;
-            self.launch_gates(&format!("gategrad_scan_{acc}"), self.heads())?;
+            self.launch_items(&format!("gategrad_reduce_{acc}"), self.chunks())?;
+            self.launch_items(&format!("gategrad_scan_{acc}"), self.heads())?;
         }
-        self.launch_gates(&format!("gategrad_emit_{acc}"), self.chunks())
+        self.launch_items(&format!("gategrad_emit_{acc}"), self.chunks())
     }
 }

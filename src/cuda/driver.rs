@@ -28,7 +28,7 @@ unsafe impl Sync for Device {}
 
 struct Kernel {
     function: sys::CUfunction,
-    geometry: Option<Geometry>,
+    geometry: Geometry,
 }
 
 /// How a kernel wants to be launched: `MLSTM_GEOMETRY` in `kernels/params.cuh`.
@@ -41,19 +41,6 @@ pub(super) struct Geometry {
     pub(super) threads: i32,
     /// Dynamic shared memory, bytes.
     pub(super) shared: i32,
-}
-
-/// How one kernel is to be launched.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Launch {
-    /// Blocks; grids are one-dimensional. 0 launches nothing.
-    pub(super) grid: i64,
-    /// Threads of a block.
-    pub(super) threads: u32,
-    /// Dynamic shared memory, bytes.
-    pub(super) shared: u32,
-    /// May start while the kernel before it still runs; the kernel waits where it must.
-    pub(super) overlap: bool,
 }
 
 fn check(what: &str, result: sys::CUresult) -> Result<()> {
@@ -182,7 +169,7 @@ impl Device {
 
     /// The geometry of a kernel, `None` if there is no such kernel or it does not fit this device.
     pub(super) fn geometry(&self, name: &str) -> Option<Geometry> {
-        let geometry = self.kernels.get(name)?.geometry?;
+        let geometry = self.kernels.get(name)?.geometry;
         (geometry.shared <= self.shared_limit).then_some(geometry)
     }
 
@@ -192,53 +179,50 @@ impl Device {
         work()
     }
 
-    /// Enqueues one kernel; call it inside [`Device::enqueue`].
+    /// Enqueues `blocks` of one kernel (none at all for 0); call it inside [`Device::enqueue`].
+    /// With `overlap` it may start while the kernel before it still runs, and waits itself where it
+    /// must.
     pub(super) fn launch<T>(
         &self,
         stream: Stream,
         name: &str,
-        launch: Launch,
+        blocks: i64,
+        overlap: bool,
         args: &T,
     ) -> Result<()> {
-        if launch.grid == 0 {
+        if blocks == 0 {
             return Ok(());
         }
-        let function = self.kernel(name)?.function;
-        let grid = c_uint::try_from(launch.grid)
-            .ok()
-            .filter(|blocks| i32::try_from(*blocks).is_ok())
-            .ok_or_else(|| {
-                Error::unsupported(
-                    "problem",
-                    format!(
-                        "{} blocks of {name} exceed CUDA's 2^31 - 1; split the batch",
-                        launch.grid
-                    ),
-                )
-            })?;
+        let kernel = self.kernel(name)?;
+        let grid = i32::try_from(blocks).map_err(|_| {
+            Error::unsupported(
+                "problem",
+                format!("{blocks} blocks of {name} exceed CUDA's 2^31 - 1; split the batch"),
+            )
+        })?;
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
         let config = sys::CUlaunchConfig {
-            gridDimX: grid,
+            gridDimX: grid.cast_unsigned(),
             gridDimY: 1,
             gridDimZ: 1,
-            blockDimX: launch.threads,
+            blockDimX: kernel.geometry.threads.cast_unsigned(),
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: launch.shared,
+            sharedMemBytes: kernel.geometry.shared.cast_unsigned(),
             hStream: stream.0.cast(),
             attrs: &raw mut attribute,
-            numAttrs: c_uint::from(launch.overlap && self.overlaps),
+            numAttrs: c_uint::from(overlap && self.overlaps),
         };
         let mut parameters = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the kernel takes one T by value, which the driver copies before it returns.
         check(name, unsafe {
             sys::cuLaunchKernelEx(
                 &raw const config,
-                function,
+                kernel.function,
                 parameters.as_mut_ptr(),
                 std::ptr::null_mut(),
             )
@@ -288,29 +272,28 @@ fn load_functions(
     Ok(())
 }
 
-/// The variable of a kernel's geometry, if it has one.
-fn read_geometry(module: sys::CUmodule, kernel: &CStr) -> Result<Option<Geometry>> {
+/// The variable of a kernel's geometry.
+fn read_geometry(module: sys::CUmodule, kernel: &CStr) -> Result<Geometry> {
     let mut name = kernel.to_bytes().to_vec();
     name.extend_from_slice(b"_geometry\0");
     let (mut pointer, mut size) = (0, 0);
     let mut geometry = Geometry::default();
     // SAFETY: a terminated name; what is copied has the size that was asked for.
     unsafe {
-        let found = sys::cuModuleGetGlobal_v2(
-            &raw mut pointer,
-            &raw mut size,
-            module,
-            name.as_ptr().cast(),
-        );
-        if found == sys::CUresult::CUDA_ERROR_NOT_FOUND {
-            return Ok(None);
-        }
-        check("cuModuleGetGlobal", found)?;
+        check(
+            &format!("looking for the geometry of {kernel:?}"),
+            sys::cuModuleGetGlobal_v2(
+                &raw mut pointer,
+                &raw mut size,
+                module,
+                name.as_ptr().cast(),
+            ),
+        )?;
         if size != size_of::<Geometry>() {
             return Err(Error::Internal(format!("{kernel:?} has a geometry of {size} bytes")));
         }
         let target = (&raw mut geometry).cast();
         check("cuMemcpyDtoH", sys::cuMemcpyDtoH_v2(target, pointer, size))?;
     }
-    Ok(Some(geometry))
+    Ok(geometry)
 }

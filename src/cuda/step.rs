@@ -1,6 +1,6 @@
 //! The launch sequence of a step.
 
-use super::driver::{self, Launch};
+use super::driver;
 use super::layout::ceil_div;
 use super::params::{self, RowIndex, StepArgs, Tensor};
 use crate::error::Result;
@@ -74,14 +74,11 @@ pub(crate) fn step(call: &Step, workspace: Workspace, stream: Stream) -> Result<
     let state = params::suffix(p.state_dtype);
     let device = driver::device(p.device_index)?;
     let heads = p.b * p.nh;
-    let gates = Launch { grid: heads, threads: 128, shared: 0, overlap: false };
-    let update =
-        Launch { grid: heads * ceil_div(p.dhhv, COLUMNS), threads: 256, shared: 0, overlap: true };
     device.enqueue(|| {
         let acc = params::suffix(p.compute_dtype());
-        device.launch(stream, &format!("step_gates_{acc}"), gates, &args)?;
+        device.launch(stream, &format!("step_gates_{acc}"), heads, false, &args)?;
         let name = format!("step_state_{state}_v{vector}_t{tokens}");
-        device.launch(stream, &name, update, &args)
+        device.launch(stream, &name, heads * ceil_div(p.dhhv, COLUMNS), true, &args)
     })
 }
 
