@@ -25,6 +25,12 @@
  * - On the CPU a call uses MLSTM_NUM_THREADS threads (else RAYON_NUM_THREADS, else
  *   OMP_NUM_THREADS, else all cores), read once, and the best of scalar, AVX2, AVX-512 and NEON
  *   code; MLSTM_CPU_LEVEL=scalar|avx2|avx512|neon lowers the latter.
+ * - On CUDA all tensors and the workspace are memory of the problem's device, and a call only
+ *   enqueues kernels on its stream: it allocates nothing, waits for nothing, and leaves the current
+ *   context as it was. After mlstm_preload calls can be captured into CUDA graphs. Workspace sizes
+ *   are the same for every device, and mlstm_query needs none. Compute capability 8.0 or newer.
+ * - What index tensors hold on a GPU is not checked: offsets are forced into order and range, slots
+ *   outside the pool count as padding.
  */
 
 

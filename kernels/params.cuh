@@ -155,6 +155,13 @@ struct Args {
 
 static_assert(sizeof(Args) == 1112, "src/cuda/params.rs has the same size");
 
+// How a kernel wants to be launched, next to it in its module, where the host reads it: rows and
+// columns of a block's tile, threads, bytes of dynamic shared memory.
+#define MLSTM_GEOMETRY(name, rows, cols, threads, shared) \
+  extern "C" {                                            \
+  __device__ int32_t name##_geometry[4] = {rows, cols, threads, shared}; \
+  }
+
 #ifdef __CUDACC__
 
 __device__ __forceinline__ Chunk chunk_at(const Args& args, int64_t c) {

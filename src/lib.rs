@@ -1,6 +1,7 @@
 //! mLSTM (xLSTM) kernels behind one stable C ABI, with a safe Rust API over the same core.
 //!
-//! The same calls run on every device; this crate's CPU backend uses SIMD and threads.
+//! The same calls run on every device: SIMD and threads on the CPU, CUDA kernels on NVIDIA GPUs
+//! (through the C ABI; the safe API borrows host memory).
 //!
 //! # Glossary
 //! One notation everywhere (Rust, C, Python): B batch, NH heads, S sequence length, DHQK head dim
@@ -22,8 +23,8 @@
 //!
 //! # Where things live
 //! Imports point down: `capi` (the exported functions) -> [`api`] (validate, decide, run) ->
-//! [`ops`] (checks across tensors), [`dispatch`] (which kernel), `cpu` (the kernels). `unsafe` is
-//! found in `capi` and the backends only.
+//! [`ops`] (checks across tensors), [`dispatch`] (which kernel), `cpu` and `cuda` (the kernels;
+//! those of `cuda` are in `kernels/`). `unsafe` is found in `capi` and the backends only.
 
 pub mod api;
 mod capi;
