@@ -1,8 +1,17 @@
-// dk from the chunk states, k.dk partials (qk_tiles as in dq); see sweep.cuh.
+// dk and partial sums of k.dk from the chunk states; see sweep.cuh.
 //
-// dk_DT_X: X in {1, 2, 4} blocks of 64 output columns per thread block (f32, f64: 1);
-// 256 threads; SweepOf<DT, X>::kBytes of shared memory;
-// grid = num_chunks * NH * (L / 64) * ceil(DHQK / (64 X))
+// dk_DT_small          64 rows, 64 output columns; SmallSweep<DT>::kBytes of shared memory
+// dk_DT_{64,128,256}   128 rows (L = 128), that many columns; WideSweep<DT, columns>::kBytes
+// 256 threads; grid = num_chunks * NH * ceil(L / rows) * ceil(DHQK / columns); the last factor is qk_tiles
 #include "sweep.cuh"
 
-MLSTM_SWEEPS(dk, kDk)
+MLSTM_SMALL_SWEEP(dk_bf16_small, mlstm::bf16, kDk)
+MLSTM_SMALL_SWEEP(dk_f16_small, mlstm::f16, kDk)
+MLSTM_SMALL_SWEEP(dk_f32_small, float, kDk)
+MLSTM_SMALL_SWEEP(dk_f64_small, double, kDk)
+MLSTM_WIDE_SWEEP(dk_bf16, mlstm::bf16, 64, kDk)
+MLSTM_WIDE_SWEEP(dk_bf16, mlstm::bf16, 128, kDk)
+MLSTM_WIDE_SWEEP(dk_bf16, mlstm::bf16, 256, kDk)
+MLSTM_WIDE_SWEEP(dk_f16, mlstm::f16, 64, kDk)
+MLSTM_WIDE_SWEEP(dk_f16, mlstm::f16, 128, kDk)
+MLSTM_WIDE_SWEEP(dk_f16, mlstm::f16, 256, kDk)

@@ -1,8 +1,17 @@
 // dv from the chunk states; see sweep.cuh.
 //
-// dv_DT_X: X in {1, 2, 4} blocks of 64 output columns per thread block (f32, f64: 1);
-// 256 threads; SweepOf<DT, X>::kBytes of shared memory;
-// grid = num_chunks * NH * (L / 64) * ceil(DHHV / (64 X))
+// dv_DT_small          64 rows, 64 output columns; SmallSweep<DT>::kBytes of shared memory
+// dv_DT_{64,128,256}   128 rows (L = 128), that many columns; WideSweep<DT, columns>::kBytes
+// 256 threads; grid = num_chunks * NH * ceil(L / rows) * ceil(DHHV / columns)
 #include "sweep.cuh"
 
-MLSTM_SWEEPS(dv, kDv)
+MLSTM_SMALL_SWEEP(dv_bf16_small, mlstm::bf16, kDv)
+MLSTM_SMALL_SWEEP(dv_f16_small, mlstm::f16, kDv)
+MLSTM_SMALL_SWEEP(dv_f32_small, float, kDv)
+MLSTM_SMALL_SWEEP(dv_f64_small, double, kDv)
+MLSTM_WIDE_SWEEP(dv_bf16, mlstm::bf16, 64, kDv)
+MLSTM_WIDE_SWEEP(dv_bf16, mlstm::bf16, 128, kDv)
+MLSTM_WIDE_SWEEP(dv_bf16, mlstm::bf16, 256, kDv)
+MLSTM_WIDE_SWEEP(dv_f16, mlstm::f16, 64, kDv)
+MLSTM_WIDE_SWEEP(dv_f16, mlstm::f16, 128, kDv)
+MLSTM_WIDE_SWEEP(dv_f16, mlstm::f16, 256, kDv)

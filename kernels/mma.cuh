@@ -203,10 +203,9 @@ __device__ __forceinline__ void mma(double (&c)[4], const FragA<double>& a,
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      asm volatile(
-          "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-          : "+d"(c[2 * half]), "+d"(c[2 * half + 1])
-          : "d"(a.x[half * 4 + j]), "d"(b.x[j]));
+      asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                   : "+d"(c[2 * half]), "+d"(c[2 * half + 1])
+                   : "d"(a.x[half * 4 + j]), "d"(b.x[j]));
     }
   }
 }

@@ -10,13 +10,6 @@
 
 namespace mlstm {
 
-template <typename T>
-struct StateOf {
-  using Type = T;
-};
-template <typename T>
-using State = typename StateOf<T>::Type;
-
 // cp.async of one accumulator; zero unless `inside`.
 template <typename A>
 __device__ __forceinline__ void copy_one(uint32_t dst, const A* src, bool inside) {
@@ -28,22 +21,31 @@ __device__ __forceinline__ void copy_one(uint32_t dst, const A* src, bool inside
 template <typename A>
 __device__ __forceinline__ A load_any(const void* data, int64_t index, int dtype) {
   switch (dtype) {
-    case kF32: return static_cast<const float*>(data)[index];
-    case kF64: return static_cast<A>(static_cast<const double*>(data)[index]);
-    case kBf16: return to_acc(static_cast<const bf16*>(data)[index]);
-    default: return to_acc(static_cast<const f16*>(data)[index]);
+    case kF32:
+      return static_cast<const float*>(data)[index];
+    case kF64:
+      return static_cast<A>(static_cast<const double*>(data)[index]);
+    case kBf16:
+      return to_acc(static_cast<const bf16*>(data)[index]);
+    default:
+      return to_acc(static_cast<const f16*>(data)[index]);
   }
 }
 
 template <typename A>
 __device__ __forceinline__ void store_any(void* data, int64_t index, int dtype, A value) {
   switch (dtype) {
-    case kF32: static_cast<float*>(data)[index] = static_cast<float>(value); break;
-    case kF64: static_cast<double*>(data)[index] = value; break;
+    case kF32:
+      static_cast<float*>(data)[index] = static_cast<float>(value);
+      break;
+    case kF64:
+      static_cast<double*>(data)[index] = value;
+      break;
     case kBf16:
       static_cast<bf16*>(data)[index] = from_acc<bf16>(static_cast<float>(value));
       break;
-    default: static_cast<f16*>(data)[index] = from_acc<f16>(static_cast<float>(value));
+    default:
+      static_cast<f16*>(data)[index] = from_acc<f16>(static_cast<float>(value));
   }
 }
 
@@ -59,30 +61,24 @@ struct StatesShape {
   static constexpr int kStage = kKeyBytes + kValueBytes + kVectorBytes;
   static constexpr int kGroups = kThreads / (kM / 2);  // token groups of the n sum
   static constexpr int kScratch = (kGroups * kM + 32) * static_cast<int>(sizeof(Acc<T>));
-  static constexpr int kBytes = kStages * kStage + kScratch;
+  // 8 rows of each warp's tile on their way out.
+  static constexpr int kRowBytes = kN / kWarpsN * static_cast<int>(sizeof(T));
+  static constexpr int kOutBytes = kWarpsM * kWarpsN * 8 * kRowBytes;
+  static constexpr int kBytes = kStages * kStage + kScratch + kOutBytes;
+  // The reverse also stages the tile of C for E.
+  static constexpr int kReverseBytes = kBytes + kM * kN * static_cast<int>(sizeof(T));
 };
 
-// Position in a sequence: token tile `tile` of chunk c.
-template <bool kReverse, int kTokens>
-struct Cursor {
-  int64_t c, end;
-  int tile;
-  Chunk chunk;
+// What every thread knows but seldom needs: kept in shared memory to save registers.
+struct Cold {
+  int64_t first, last;  // the sequence's chunks
+  int row, head, batch, m0, n0, tile_index, tiles, dhqk_p, dhhv_p;
+};
 
-  __device__ __forceinline__ bool done() const { return c == end; }
-  __device__ __forceinline__ void start(const Args& args, int64_t first, int64_t last) {
-    c = kReverse ? last - 1 : first;
-    end = kReverse ? first - 1 : last;
-    tile = 0;
-    if (!done()) chunk = chunk_at(args, c);
-  }
-  __device__ __forceinline__ void advance(const Args& args) {
-    ++tile;
-    if (tile * kTokens < chunk.len) return;
-    tile = 0;
-    c += kReverse ? -1 : 1;
-    if (!done()) chunk = chunk_at(args, c);
-  }
+// Position in a sequence: token tile `tile` of its i-th chunk in the order of the sweep.
+struct Cursor {
+  int i, tile, len;
+  int64_t start;
 };
 
 template <typename T, typename Shape, bool kReverse>
@@ -91,119 +87,186 @@ struct States {
   static constexpr int kMt = Shape::kM / Shape::kWarpsM / 16, kNt = Shape::kN / Shape::kWarpsN / 8;
 
   const Args& args;
-  int row, head, batch, m0, n0, tile_index, tiles;
-  int dhqk_p, dhhv_p;
-  int warp_m, warp_n, pair, group;
-  bool owns_n;
   unsigned char* smem;
   uint32_t base;
+  int warp_m, warp_n;
   A acc[kMt][kNt][4];
   A n_part[2];
 
-  __device__ __forceinline__ A* scratch() {
+  // [kGroups][kM] partial sums of n, then a sum per warp, then Cold.
+  __device__ __forceinline__ A* scratch() const {
     return reinterpret_cast<A*>(smem + Shape::kStages * Shape::kStage);
   }
-  __device__ __forceinline__ int lane_row(int m, int half) const {
-    return m0 + warp_m + m * 16 + half * 8 + ((threadIdx.x & 31) >> 2);
+  __device__ __forceinline__ Cold& cold() const {
+    return *reinterpret_cast<Cold*>(scratch() + Shape::kGroups * Shape::kM + 16);
   }
-  __device__ __forceinline__ int lane_col(int n) const {
-    return n0 + warp_n + n * 8 + 2 * (threadIdx.x & 3);
+  __device__ __forceinline__ static int thread() { return opaque(static_cast<int>(threadIdx.x)); }
+  // Thread's part of the n sum: two rows of the tile, a share of the tokens.
+  __device__ __forceinline__ static int pair() { return thread() % (Shape::kM / 2); }
+  __device__ __forceinline__ static int group() { return thread() / (Shape::kM / 2); }
+  __device__ __forceinline__ int lane_row(int m, int half) const {
+    return cold().m0 + warp_m + m * 16 + half * 8 + ((thread() & 31) >> 2);
+  }
+  __device__ __forceinline__ int lane_col() const {
+    return cold().n0 + warp_n + 2 * (thread() & 3);
+  }
+  __device__ __forceinline__ int64_t chunk_of(const Cursor& cursor) const {
+    return kReverse ? cold().last - 1 - cursor.i : cold().first + cursor.i;
+  }
+  __device__ __forceinline__ bool done(const Cursor& cursor) const {
+    return cursor.i >= static_cast<int>(cold().last - cold().first);
+  }
+  __device__ __forceinline__ void enter(Cursor& cursor) const {
+    if (done(cursor)) return;
+    if (args.chunks != nullptr) {
+      Chunk chunk = args.chunks[chunk_of(cursor)];
+      cursor.len = chunk.len;
+      cursor.start = chunk.start;
+    } else {
+      cursor.start = (chunk_of(cursor) - cold().first) * args.chunk_len;
+      int64_t left = args.s - cursor.start;
+      cursor.len = static_cast<int>(left < args.chunk_len ? left : args.chunk_len);
+    }
+  }
+  __device__ __forceinline__ void advance(Cursor& cursor) const {
+    if (++cursor.tile * Shape::kTokens < cursor.len) return;
+    cursor.tile = 0;
+    ++cursor.i;
+    enter(cursor);
   }
 
   // A caller's state as the starting point; zero where absent.
   __device__ __forceinline__ void read(const Tensor& c, const Tensor& n) {
+    const Cold& own = cold();
 #pragma unroll
     for (int m = 0; m < kMt; ++m) {
 #pragma unroll
-      for (int i = 0; i < kNt; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        int d = lane_row(m, half), col = lane_col();
+        int64_t index = own.row * c.stride_b + own.head * c.stride_h + d * c.stride_s + col;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          int d = lane_row(m, e >> 1), x = lane_col(i) + (e & 1);
-          bool inside = c.data != nullptr && d < args.dhqk && x < args.dhhv;
-          int64_t index = row * c.stride_b + head * c.stride_h + d * c.stride_s + x;
-          acc[m][i][e] = inside ? load_any<A>(c.data, index, args.state_dtype) : A(0);
+        for (int i = 0; i < kNt; ++i) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            int x = i * 8 + e;
+            bool inside = c.data != nullptr && d < args.dhqk && col + x < args.dhhv;
+            acc[m][i][2 * half + e] =
+                inside ? load_any<A>(c.data, index + x, args.state_dtype) : A(0);
+          }
         }
       }
     }
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      int d = m0 + 2 * pair + e;
-      bool inside = n.data != nullptr && group == 0 && d < args.dhqk;
-      n_part[e] = inside ? at<A>(n, row, head, 0)[d] : A(0);
+      int d = own.m0 + 2 * pair() + e;
+      bool inside = n.data != nullptr && group() == 0 && d < args.dhqk;
+      n_part[e] = inside ? at<A>(n, own.row, own.head, 0)[d] : A(0);
     }
   }
 
   __device__ __forceinline__ void write(const Tensor& c, const Tensor& n, const A* n_sum) {
+    const Cold& own = cold();
     if (c.data == nullptr) return;
 #pragma unroll
     for (int m = 0; m < kMt; ++m) {
 #pragma unroll
-      for (int i = 0; i < kNt; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        int d = lane_row(m, half), col = lane_col();
+        int64_t index = own.row * c.stride_b + own.head * c.stride_h + d * c.stride_s + col;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          int d = lane_row(m, e >> 1), x = lane_col(i) + (e & 1);
-          int64_t index = row * c.stride_b + head * c.stride_h + d * c.stride_s + x;
-          if (d < args.dhqk && x < args.dhhv) {
-            store_any<A>(c.data, index, args.state_dtype, acc[m][i][e]);
+        for (int i = 0; i < kNt; ++i) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            int x = i * 8 + e;
+            if (d < args.dhqk && col + x < args.dhhv) {
+              A value = opaque(acc[m][i][2 * half + e]);
+              store_any<A>(c.data, index + x, args.state_dtype, value);
+            }
           }
         }
       }
     }
-    int d = m0 + threadIdx.x;
-    if (owns_n && threadIdx.x < Shape::kM && d < args.dhqk) {
-      at<A>(n, row, head, 0)[d] = n_sum[threadIdx.x];
+    int d = own.m0 + threadIdx.x;
+    if (own.n0 == 0 && threadIdx.x < Shape::kM && d < args.dhqk) {
+      at<A>(n, own.row, own.head, 0)[d] = n_sum[threadIdx.x];
     }
+  }
+
+  __device__ __forceinline__ uint32_t forward_tile() const {
+    return base + Shape::kBytes;  // the last part
+  }
+
+  // The reverse's next tile of C, to be met by store() of the same slot.
+  __device__ __forceinline__ void prefetch(int64_t c) {
+    const Cold& own = cold();
+    const T* c_state = static_cast<const T*>(args.c_states) +
+                       slot_index(args, c, own.row, own.head) * own.dhqk_p * own.dhhv_p;
+    load_tile<T, Shape::kM, Shape::kN, Shape::kThreads>(
+        forward_tile(), c_state + static_cast<int64_t>(own.m0) * own.dhhv_p + own.n0, own.dhhv_p,
+        own.dhqk_p - own.m0, own.dhhv_p - own.n0, true);
   }
 
   // Stores the state in slot `c` (before chunk c, or after the last). The reverse writes E to *e.
   // On return the first kM entries of scratch() hold n.
   __device__ __forceinline__ void store(int64_t c, A* e) {
-    int64_t slot = slot_index(args, c, row, head);
-    State<T>* out = static_cast<State<T>*>(kReverse ? args.dc_states : args.c_states) +
-                    slot * dhqk_p * dhhv_p;
-    const State<T>* other = static_cast<const State<T>*>(args.c_states) + slot * dhqk_p * dhhv_p;
+    const Cold& own = cold();
+    int64_t slot = slot_index(args, c, own.row, own.head);
+    T* out =
+        static_cast<T*>(kReverse ? args.dc_states : args.c_states) + slot * own.dhqk_p * own.dhhv_p;
     A product = A(0);
-    int col0 = n0 + warp_n;
+    const int lane = thread() & 31, g = lane >> 2, t = lane & 3;
+    constexpr int kPieces = Shape::kRowBytes / 16, kVec = 16 / sizeof(T);
+    const uint32_t rows = base + Shape::kStages * Shape::kStage + Shape::kScratch +
+                          (threadIdx.x >> 5) * 8 * Shape::kRowBytes;
 #pragma unroll
     for (int m = 0; m < kMt; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int d = lane_row(m, half);
-        bool inside = d < dhqk_p;
-        int64_t offset = static_cast<int64_t>(d) * dhhv_p + col0;
-        if constexpr (kReverse) {
-#pragma unroll
-          for (int i = 0; i < kNt; ++i) {
-            A x, y;
-            load_two<State<T>>(other + offset, i * 8 + 2 * (threadIdx.x & 3), dhhv_p - col0,
-                               inside, true, x, y);
-            product += acc[m][i][2 * half] * x + acc[m][i][2 * half + 1] * y;
-          }
-        }
-        A value[kNt][2];
 #pragma unroll
         for (int i = 0; i < kNt; ++i) {
-          value[i][0] = acc[m][i][2 * half];
-          value[i][1] = acc[m][i][2 * half + 1];
+          A u = opaque(acc[m][i][2 * half]), v = opaque(acc[m][i][2 * half + 1]);
+          int byte = (i * 8 + 2 * t) * static_cast<int>(sizeof(T));
+          if constexpr (kReverse) {
+            A x, y;
+            unpack<T>(
+                lds_two<T>(tile_address<T>(forward_tile(), Shape::kM,
+                                           warp_m + m * 16 + half * 8 + g, warp_n + i * 8 + 2 * t)),
+                x, y);
+            product += u * x + v * y;
+          }
+          sts_two(rows + g * Shape::kRowBytes + (((byte >> 4) ^ (g & (kPieces - 1))) << 4) +
+                      (byte & 15),
+                  pack<T>(u, v));
         }
-        store_row<State<T>, kNt>(out + offset, value, dhhv_p - col0, inside, true);
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < 8 * kPieces; j += 32) {
+          int r = (lane + j) / kPieces, piece = (lane + j) % kPieces;
+          int d = own.m0 + warp_m + m * 16 + half * 8 + r, col = own.n0 + warp_n + piece * kVec;
+          uint4 value = lds_16(rows + r * Shape::kRowBytes + ((piece ^ (r & (kPieces - 1))) << 4));
+          if (d < own.dhqk_p && col < own.dhhv_p) {
+            *reinterpret_cast<uint4*>(out + static_cast<int64_t>(d) * own.dhhv_p + col) = value;
+          }
+        }
+        __syncwarp();
       }
     }
     A* n_sum = scratch();
-    if (owns_n) {
-      n_sum[group * Shape::kM + 2 * pair] = n_part[0];
-      n_sum[group * Shape::kM + 2 * pair + 1] = n_part[1];
+    if (own.n0 == 0) {
+      n_sum[group() * Shape::kM + 2 * pair()] = n_part[0];
+      n_sum[group() * Shape::kM + 2 * pair() + 1] = n_part[1];
       __syncthreads();
-      int d = m0 + threadIdx.x;
+      int d = own.m0 + threadIdx.x;
       A sum = A(0);
       if (threadIdx.x < Shape::kM) {
 #pragma unroll
         for (int i = 0; i < Shape::kGroups; ++i) sum += n_sum[i * Shape::kM + threadIdx.x];
         n_sum[threadIdx.x] = sum;
-        if (d < dhqk_p) {
-          static_cast<A*>(kReverse ? args.dn_states : args.n_states)[slot * dhqk_p + d] = sum;
+        if (d < own.dhqk_p) {
+          A* n_state = static_cast<A*>(kReverse ? args.dn_states : args.n_states);
+          n_state[slot * own.dhqk_p + d] = sum;
           if constexpr (kReverse) {
-            product += sum * static_cast<const A*>(args.n_states)[slot * dhqk_p + d];
+            product += sum * static_cast<const A*>(args.n_states)[slot * own.dhqk_p + d];
           }
         }
       }
@@ -222,22 +285,22 @@ struct States {
     }
   }
 
-  template <typename C>
-  __device__ __forceinline__ void issue(const C& cursor, int stage) {
+  __device__ __forceinline__ void issue(const Cursor& cursor, int stage) {
+    const Cold& own = cold();
     const Tensor& key = kReverse ? args.q : args.k;
     const Tensor& value = kReverse ? args.dh : args.v;
     int t0 = cursor.tile * Shape::kTokens;
-    int left = cursor.chunk.len - t0;
-    int64_t start = cursor.chunk.start + t0;
+    int left = cursor.len - t0;
+    int64_t start = cursor.start + t0;
     uint32_t at_stage = base + stage * Shape::kStage;
     load_tile<T, Shape::kTokens, Shape::kM, Shape::kThreads>(
-        at_stage, at<T>(key, batch, head, start) + m0, key.stride_s, left, args.dhqk - m0,
-        args.vector_ok);
+        at_stage, at<T>(key, own.batch, own.head, start) + own.m0, key.stride_s, left,
+        args.dhqk - own.m0, args.vector_ok);
     load_tile<T, Shape::kTokens, Shape::kN, Shape::kThreads>(
-        at_stage + Shape::kKeyBytes, at<T>(value, batch, head, start) + n0, value.stride_s, left,
-        args.dhhv - n0, args.vector_ok);
+        at_stage + Shape::kKeyBytes, at<T>(value, own.batch, own.head, start) + own.n0,
+        value.stride_s, left, args.dhhv - own.n0, args.vector_ok);
     uint32_t vectors = at_stage + Shape::kKeyBytes + Shape::kValueBytes;
-    int64_t token = token_index(args, batch, head, start);
+    int64_t token = token_index(args, own.batch, own.head, start);
     int i = threadIdx.x;
     if (i < Shape::kTokens) {
       bool inside = i < left;
@@ -252,7 +315,7 @@ struct States {
     }
     if (i == Shape::kThreads - 1) {
       copy_one(vectors + 3 * Shape::kTokens * static_cast<int>(sizeof(A)),
-               static_cast<const A*>(args.g) + chunk_index(args, cursor.c, head), true);
+               static_cast<const A*>(args.g) + chunk_index(args, chunk_of(cursor), own.head), true);
     }
   }
 
@@ -262,7 +325,7 @@ struct States {
   }
 
   __device__ __forceinline__ void decay(A g) {
-    bool forget = g == A(0);
+    const bool forget = g == A(0);
 #pragma unroll
     for (int m = 0; m < kMt; ++m) {
 #pragma unroll
@@ -276,11 +339,13 @@ struct States {
   }
 
   __device__ __forceinline__ void accumulate(int stage) {
+    const Cold& own = cold();
     const A* vector = stage_vectors(stage);
     const A scale = static_cast<A>(args.qk_scale);
     uint32_t keys = base + stage * Shape::kStage, values = keys + Shape::kKeyBytes;
-    int t = threadIdx.x & 3;
-#pragma unroll
+    const int lane = thread() & 31, t = lane & 3;
+    constexpr int kUnrolled = kUnroll<T>;
+#pragma unroll kUnrolled
     for (int k = 0; k < Shape::kTokens; k += 16) {
       A w[4];
 #pragma unroll
@@ -292,12 +357,12 @@ struct States {
       FragA<T> a[kMt];
 #pragma unroll
       for (int m = 0; m < kMt; ++m) {
-        load_a<T, true>(a[m], keys, Shape::kTokens, warp_m + m * 16, k);
+        load_a<T, true>(a[m], lane, keys, Shape::kTokens, warp_m + m * 16, k);
       }
 #pragma unroll
       for (int i = 0; i < kNt; i += 2) {
         FragB<T> b[2];
-        load_b<T, true>(b, values, Shape::kTokens, k, warp_n + i * 8);
+        load_b<T, true>(b, lane, values, Shape::kTokens, k, warp_n + i * 8);
         scale_rows<T>(b[0], w);
         scale_rows<T>(b[1], w);
 #pragma unroll
@@ -307,15 +372,15 @@ struct States {
         }
       }
     }
-    if (owns_n) {
+    if (own.n0 == 0) {
       constexpr int kShare = Shape::kTokens / Shape::kGroups;
-#pragma unroll 4
+      const int from = group() * kShare, row = 2 * pair();
+#pragma unroll 8
       for (int i = 0; i < kShare; ++i) {
-        int token = group * kShare + i;
-        A weight = vector[token];
-        if constexpr (kReverse) weight *= vector[2 * Shape::kTokens + token];
+        A weight = vector[from + i];
+        if constexpr (kReverse) weight *= vector[2 * Shape::kTokens + from + i];
         A x, y;
-        unpack<T>(lds_two<T>(tile_address<T>(keys, Shape::kTokens, token, 2 * pair)), x, y);
+        unpack<T>(lds_two<T>(tile_address<T>(keys, Shape::kTokens, from + i, row)), x, y);
         n_part[0] += weight * x;
         n_part[1] += weight * y;
       }
@@ -323,75 +388,88 @@ struct States {
   }
 
   __device__ __forceinline__ void run() {
-    int tiles_n = div_up(args.dhhv, Shape::kN);
-    tiles = div_up(args.dhqk, Shape::kM) * tiles_n;
-    uint32_t id = blockIdx.x;
-    tile_index = id % tiles;
-    id /= tiles;
-    head = id % args.nh;
-    row = id / args.nh;
-    batch = batch_of(args, row);
-    m0 = tile_index / tiles_n * Shape::kM;
-    n0 = tile_index % tiles_n * Shape::kN;
-    owns_n = n0 == 0;
-    dhqk_p = padded(args.dhqk);
-    dhhv_p = padded(args.dhhv);
+    base = shared_address(smem);
     int warp = threadIdx.x >> 5;
     warp_m = warp / Shape::kWarpsN * (kMt * 16);
     warp_n = warp % Shape::kWarpsN * (kNt * 8);
-    pair = threadIdx.x % (Shape::kM / 2);
-    group = threadIdx.x / (Shape::kM / 2);
-    base = shared_address(smem);
+    Cold& own = cold();
+    if (threadIdx.x == 0) {
+      int tiles_n = div_up(args.dhhv, Shape::kN);
+      own.tiles = div_up(args.dhqk, Shape::kM) * tiles_n;
+      own.tile_index = blockIdx.x % own.tiles;
+      uint32_t lane = blockIdx.x / own.tiles;
+      own.head = lane % args.nh;
+      own.row = lane / args.nh;
+      own.batch = batch_of(args, own.row);
+      own.m0 = own.tile_index / tiles_n * Shape::kM;
+      own.n0 = own.tile_index % tiles_n * Shape::kN;
+      own.dhqk_p = padded(args.dhqk);
+      own.dhhv_p = padded(args.dhhv);
+      own.first = first_chunk(args, own.row);
+      own.last = first_chunk(args, own.row + 1);
+    }
+    __syncthreads();
 
-    int64_t first = first_chunk(args, row), last = first_chunk(args, row + 1);
-    Cursor<kReverse, Shape::kTokens> load, now;
-    load.start(args, first, last);
-    now.start(args, first, last);
+    Cursor load{0, 0, 0, 0}, now{0, 0, 0, 0};
+    enter(load);
+    enter(now);
     constexpr int kAhead = Shape::kStages - 1;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kAhead; ++i) {
-      if (!load.done()) {
+      if (!done(load)) {
         issue(load, i);
-        load.advance(args);
+        advance(load);
       }
       copy_commit();
     }
     if constexpr (kReverse) {
+      prefetch(own.last);
+      copy_commit();
       read(args.dc_last, args.dn_last);
     } else {
       read(args.c_initial, args.n_initial);
     }
+    // A chunk of one step leaves no time for the pipeline to bring the tile of C on its own.
+    bool hurry = true;
     int stage = 0, next = kAhead;
-    for (; !now.done(); now.advance(args)) {
-      copy_wait<kAhead - 1>();
+#pragma unroll 1
+    for (; !done(now); advance(now)) {
+      if (kReverse && hurry) {
+        copy_wait<0>();
+      } else {
+        copy_wait<kAhead - 1>();
+      }
       __syncthreads();
-      if (!load.done()) {
+      if (now.tile == 0) {
+        int64_t c = chunk_of(now);
+        if constexpr (kReverse) {
+          store(c + 1, static_cast<A*>(args.e) + chunk_index(args, c, own.head) * own.tiles +
+                           own.tile_index);
+          prefetch(c);
+          hurry = now.len <= Shape::kTokens * (kAhead - 1);
+        } else {
+          store(c, nullptr);
+        }
+        decay(stage_vectors(stage)[3 * Shape::kTokens]);
+      }
+      if (!done(load)) {
         issue(load, next);
-        load.advance(args);
+        advance(load);
       }
       copy_commit();
       next = next + 1 == Shape::kStages ? 0 : next + 1;
-      if (now.tile == 0) {
-        A* e = nullptr;
-        if constexpr (kReverse) {
-          e = static_cast<A*>(args.e) + chunk_index(args, now.c, head) * tiles + tile_index;
-        }
-        store(now.c + (kReverse ? 1 : 0), e);
-        decay(stage_vectors(stage)[3 * Shape::kTokens]);
-      }
       accumulate(stage);
       stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
     }
+    copy_wait<0>();
     __syncthreads();
-    A* e = nullptr;
     if constexpr (kReverse) {
-      e = static_cast<A*>(args.e_first) + (static_cast<int64_t>(row) * args.nh + head) * tiles +
-          tile_index;
-    }
-    store(kReverse ? first : last, e);
-    if constexpr (kReverse) {
+      store(own.first, static_cast<A*>(args.e_first) +
+                           (static_cast<int64_t>(own.row) * args.nh + own.head) * own.tiles +
+                           own.tile_index);
       write(args.dc_initial, args.dn_initial, scratch());
     } else {
+      store(own.last, nullptr);
       write(args.c_last, args.n_last, scratch());
     }
   }
@@ -405,9 +483,19 @@ __device__ __forceinline__ void run_states(const Args& args) {
   states.run();
 }
 
+// Any data type and device; 16-bit types where shared memory and the number of blocks allow.
 template <typename T>
-using BigStates = StatesShape<T, 128, 128, 2, 4, 64, 3>;
+using SmallStates = StatesShape<T, 64, 64, 2, 2, sizeof(T) == 8 ? 32 : 64, sizeof(T) == 2 ? 3 : 2>;
 template <typename T>
-using SmallStates = StatesShape<T, 64, 64, 2, 2, sizeof(T) == 8 ? 32 : 64, sizeof(T) == 2 ? 4 : 2>;
+struct BigStatesOf {
+  using Type = StatesShape<T, 128, 128, 2, 4, 64, 2>;
+};
+template <>
+struct BigStatesOf<f16> {
+  // Keeping f16 in range takes registers.
+  using Type = StatesShape<f16, 64, 128, 2, 4, 64, 3>;
+};
+template <typename T>
+using BigStates = typename BigStatesOf<T>::Type;
 
 }  // namespace mlstm

@@ -15,6 +15,22 @@ constexpr int kSlab = 128 / static_cast<int>(sizeof(T));
 
 __host__ __device__ constexpr int div_up(int x, int y) { return (x + y - 1) / y; }
 
+// Hides a value from the optimiser, which would otherwise compute all addresses that depend on it
+// ahead of a loop and spill them.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+__device__ __forceinline__ float opaque(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+__device__ __forceinline__ double opaque(double x) {
+  asm volatile("" : "+d"(x));
+  return x;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -64,13 +80,44 @@ __device__ __forceinline__ double lds_one(uint32_t address, double) {
 }
 
 __device__ __forceinline__ void sts_two(uint32_t address, uint32_t v) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v));
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 __device__ __forceinline__ void sts_two(uint32_t address, float2 v) {
-  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(v.x), "f"(v.y));
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
 }
 __device__ __forceinline__ void sts_two(uint32_t address, double2 v) {
-  asm volatile("st.shared.v2.f64 [%0], {%1,%2};" ::"r"(address), "d"(v.x), "d"(v.y));
+  asm volatile("st.shared.v2.f64 [%0], {%1,%2};" ::"r"(address), "d"(v.x), "d"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void sts_one(uint32_t address, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+__device__ __forceinline__ void sts_one(uint32_t address, double v) {
+  asm volatile("st.shared.f64 [%0], %1;" ::"r"(address), "d"(v) : "memory");
+}
+__device__ __forceinline__ void sts_one(uint32_t address, bf16 v) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(__bfloat16_as_ushort(v)) : "memory");
+}
+__device__ __forceinline__ void sts_one(uint32_t address, f16 v) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(__half_as_ushort(v)) : "memory");
+}
+
+__device__ __forceinline__ void lds_element(uint32_t address, float& v) {
+  v = lds_one(address, 0.0f);
+}
+__device__ __forceinline__ void lds_element(uint32_t address, double& v) {
+  v = lds_one(address, 0.0);
+}
+__device__ __forceinline__ unsigned short lds_short(uint32_t address) {
+  unsigned short v;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ void lds_element(uint32_t address, bf16& v) {
+  v = __ushort_as_bfloat16(lds_short(address));
+}
+__device__ __forceinline__ void lds_element(uint32_t address, f16& v) {
+  v = __ushort_as_half(lds_short(address));
 }
 
 __device__ __forceinline__ uint4 lds_16(uint32_t address) {
@@ -86,7 +133,12 @@ __device__ __forceinline__ void copy_16(uint32_t dst, const void* src, int bytes
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_16(uint32_t dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+__device__ __forceinline__ void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -106,26 +158,54 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const T* src, int64_t s
   int left = cols - piece * kVec;
   left = left < 0 ? 0 : (left > kVec ? kVec : left);
   const T* p = src + row * stride + (left > 0 ? piece * kVec : 0);
-  if (vector) {
-#pragma unroll
+  constexpr int kCopies = kRows / kStep > 4 ? 4 : kRows / kStep;
+  if (vector && rows >= kRows && cols >= kCols) {
+#pragma unroll kCopies
+    for (int i = 0; i < kRows / kStep; ++i, p += kStep * stride) {
+      copy_16(tile_address<T>(tile, kRows, row + i * kStep, piece * kVec), p);
+    }
+  } else if (vector) {
+#pragma unroll 1
     for (int i = 0; i < kRows / kStep; ++i, row += kStep, p += kStep * stride) {
       bool inside = row < rows && left > 0;
       copy_16(tile_address<T>(tile, kRows, row, piece * kVec), inside ? p : src,
               inside ? left * static_cast<int>(sizeof(T)) : 0);
     }
   } else {
+    // Rare and slow: kept short, since the code is part of every pipeline.
 #pragma unroll 1
-    for (int i = 0; i < kRows / kStep; ++i, row += kStep, p += kStep * stride) {
-      alignas(16) T value[kVec];
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) {
-        value[e] = (row < rows && e < left) ? p[e] : from_acc<T>(Acc<T>(0));
-      }
-      uint4 v = *reinterpret_cast<uint4*>(value);
-      asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(
-                       tile_address<T>(tile, kRows, row, piece * kVec)),
-                   "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                   : "memory");
+    for (int i = threadIdx.x; i < kRows * kCols; i += kThreads) {
+      int r = i / kCols, col = i % kCols;
+      T value = r < rows && col < cols ? src[r * stride + col] : from_acc<T>(Acc<T>(0));
+      sts_one(tile_address<T>(tile, kRows, r, col), value);
+    }
+  }
+}
+
+// Copies a tile out to rows of a tensor, up to the valid rows and columns.
+template <typename T, int kRows, int kCols, int kThreads>
+__device__ __forceinline__ void store_tile(uint32_t tile, T* dst, int64_t stride, int rows,
+                                           int cols, bool vector) {
+  constexpr int kVec = 16 / sizeof(T);
+  constexpr int kPieces = kCols / kVec;
+  constexpr int kStep = kThreads / kPieces;
+  int piece = threadIdx.x % kPieces;
+  cols = cols < kCols ? cols : kCols;
+  int whole = vector ? cols / kVec * kVec : 0;
+  if (piece * kVec < whole) {
+    int row = threadIdx.x / kPieces;
+    T* p = dst + row * stride + piece * kVec;
+#pragma unroll 4
+    for (; row < rows; row += kStep, p += kStep * stride) {
+      *reinterpret_cast<uint4*>(p) = lds_16(tile_address<T>(tile, kRows, row, piece * kVec));
+    }
+  }
+  if (whole < cols) {
+    int left = cols - whole;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * left; i += kThreads) {
+      int row = i / left, col = whole + i % left;
+      lds_element(tile_address<T>(tile, kRows, row, col), dst[row * stride + col]);
     }
   }
 }
@@ -145,8 +225,8 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
 
 // A block (row0, k0). kTranspose: the tile holds A^T, its rows being k.
 template <typename T, bool kTranspose>
-__device__ __forceinline__ void load_a(FragA<T>& a, uint32_t tile, int rows, int row0, int k0) {
-  int lane = threadIdx.x & 31;
+__device__ __forceinline__ void load_a(FragA<T>& a, int lane, uint32_t tile, int rows, int row0,
+                                       int k0) {
   if constexpr (sizeof(T) == 2) {
     int low = lane & 7, first = (lane >> 3) & 1, second = lane >> 4;
     int row = kTranspose ? k0 + second * 8 + low : row0 + first * 8 + low;
@@ -174,8 +254,8 @@ __device__ __forceinline__ void load_a(FragA<T>& a, uint32_t tile, int rows, int
 // Two neighbouring B blocks (k0, n0) and (k0, n0 + 8). kTranspose: the tile's rows are k,
 // otherwise its rows are n.
 template <typename T, bool kTranspose>
-__device__ __forceinline__ void load_b(FragB<T> (&b)[2], uint32_t tile, int rows, int k0, int n0) {
-  int lane = threadIdx.x & 31;
+__device__ __forceinline__ void load_b(FragB<T> (&b)[2], int lane, uint32_t tile, int rows, int k0,
+                                       int n0) {
   if constexpr (sizeof(T) == 2) {
     int low = lane & 7, first = (lane >> 3) & 1, second = lane >> 4;
     int row = kTranspose ? k0 + first * 8 + low : n0 + second * 8 + low;
@@ -205,99 +285,36 @@ __device__ __forceinline__ void load_b(FragB<T> (&b)[2], uint32_t tile, int rows
   }
 }
 
+// Unrolling of the contraction: as far as registers last.
+template <typename T>
+constexpr int kUnroll = 1;
+template <>
+constexpr int kUnroll<bf16> = 2;
+
 // acc += A B over kK contraction steps from column (row) a_k of A and row b_k of B; the warp's
-// part starts at row0 of A and n0 of B.
-template <typename T, int kM, int kN, int kK, bool kTransposeB>
-__device__ __forceinline__ void warp_product(Acc<T> (&acc)[kM][kN][4], uint32_t a_tile, int a_rows,
+// part starts at row0 of A and n0 of B. acc may have more blocks (kNa) than are used (kN).
+template <typename T, int kM, int kN, int kNa, int kK, bool kTransposeB>
+__device__ __forceinline__ void warp_product(Acc<T> (&acc)[kM][kNa][4], uint32_t a_tile, int a_rows,
                                              int row0, int a_k, uint32_t b_tile, int b_rows,
-                                             int b_k, int n0) {
-#pragma unroll
+                                             int b_k, int n0, int lane) {
+  constexpr int kUnrolled = kTransposeB && kN == 8 ? 1 : kUnroll<T>;
+#pragma unroll kUnrolled
   for (int k = 0; k < kK; k += 16) {
     FragA<T> a[kM];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) load_a<T, false>(a[m], a_tile, a_rows, row0 + m * 16, a_k + k);
+    for (int m = 0; m < kM; ++m) {
+      load_a<T, false>(a[m], lane, a_tile, a_rows, row0 + m * 16, a_k + k);
+    }
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       FragB<T> b[2];
-      load_b<T, kTransposeB>(b, b_tile, b_rows, b_k + k, n0 + n * 8);
+      load_b<T, kTransposeB>(b, lane, b_tile, b_rows, b_k + k, n0 + n * 8);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         mma(acc[m][n], a[m], b[0]);
         mma(acc[m][n + 1], a[m], b[1]);
       }
     }
-  }
-}
-
-// Transposes a 4 x 4 matrix of words over the four threads of a quad.
-__device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
-  int t = threadIdx.x & 3;
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit <<= 1) {
-    bool odd = t & bit;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int x = bit == 1 ? 2 * i : i, y = x + bit;
-      uint32_t keep = odd ? w[y] : w[x], give = odd ? w[x] : w[y];
-      uint32_t got = __shfl_xor_sync(0xffffffffu, give, bit);
-      w[x] = odd ? got : keep;
-      w[y] = odd ? keep : got;
-    }
-  }
-}
-
-// Writes one accumulator row of kN blocks of 8 columns; `row` points at the first column, `cols`
-// are left from there, `inside` says whether the row exists. All threads of the warp must call.
-template <typename T, int kN>
-__device__ __forceinline__ void store_row(T* row, const Acc<T> (&value)[kN][2], int cols,
-                                          bool inside, bool vector) {
-  int t = threadIdx.x & 3;
-  if constexpr (sizeof(T) == 2 && kN % 4 == 0) {
-    if (vector) {
-#pragma unroll
-      for (int n = 0; n < kN; n += 4) {
-        uint32_t w[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = pack<T>(value[n + i][0], value[n + i][1]);
-        quad_transpose(w);
-        int col = (n + t) * 8;
-        if (inside && col + 8 <= cols) {
-          *reinterpret_cast<uint4*>(row + col) = make_uint4(w[0], w[1], w[2], w[3]);
-        } else if (inside && col < cols) {
-          alignas(16) T part[8];
-          *reinterpret_cast<uint4*>(part) = make_uint4(w[0], w[1], w[2], w[3]);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            if (col + e < cols) row[col + e] = part[e];
-          }
-        }
-      }
-      return;
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    int col = n * 8 + 2 * t;
-    if (inside && vector && col + 2 <= cols) {
-      *reinterpret_cast<typename Two<T>::Type*>(row + col) = pack<T>(value[n][0], value[n][1]);
-    } else if (inside) {
-      if (col < cols) row[col] = from_acc<T>(value[n][0]);
-      if (col + 1 < cols) row[col + 1] = from_acc<T>(value[n][1]);
-    }
-  }
-}
-
-// Two neighbouring elements of a row; those beyond `cols` read as zero.
-template <typename T>
-__device__ __forceinline__ void load_two(const T* row, int col, int cols, bool inside, bool vector,
-                                         Acc<T>& x, Acc<T>& y) {
-  x = y = Acc<T>(0);
-  if (!inside) return;
-  if (vector && col + 2 <= cols) {
-    unpack<T>(*reinterpret_cast<const typename Two<T>::Type*>(row + col), x, y);
-  } else {
-    if (col < cols) x = to_acc(row[col]);
-    if (col + 1 < cols) y = to_acc(row[col + 1]);
   }
 }
 
