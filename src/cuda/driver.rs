@@ -92,7 +92,21 @@ pub(super) fn device(index: i32) -> Result<&'static Device> {
             index,
         )
     })?;
-    slot.get_or_init(|| Device::open(index)).as_ref().map_err(Clone::clone)
+    slot.get_or_init(|| without_capture(|| Device::open(index))).as_ref().map_err(Clone::clone)
+}
+
+/// Runs what a stream capture in another thread would otherwise forbid, or be broken by.
+fn without_capture<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    let mut swap = || {
+        // SAFETY: swaps this thread's mode with the one in `mode`.
+        let result = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+        check("cuThreadExchangeStreamCaptureMode", result)
+    };
+    swap()?;
+    let result = work();
+    swap()?;
+    result
 }
 
 /// Makes a context current and, when dropped, the caller's one again.
