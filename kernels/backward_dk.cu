@@ -2,7 +2,8 @@
 //
 // dk_DT_small          64 rows, 64 output columns; SmallSweep<DT>::kBytes of shared memory
 // dk_DT_{64,128,256}   128 rows (L = 128), that many columns; WideSweep<DT, columns>::kBytes
-// 256 threads; grid = num_chunks * NH * ceil(L / rows) * ceil(DHQK / columns); the last factor is qk_tiles
+// 256 threads; grid = num_chunks * NH * ceil(L / rows) * ceil(DHQK / columns), the last
+// factor being qk_tiles
 #include "sweep.cuh"
 
 MLSTM_SMALL_SWEEP(dk_bf16_small, mlstm::bf16, kDk)

@@ -12,15 +12,16 @@ using namespace mlstm;
 #define GEOMETRY(name, shape) \
   MLSTM_GEOMETRY(name, shape::kM, shape::kN, shape::kThreads, shape::kReverseBytes)
 
-#define SMALL(name, T)                                                                         \
-  extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ Args args) {  \
-    run_states<T, SmallStates<T>, true>(args);                                                 \
-  }                                                                                            \
+#define SMALL(name, T)                                                      \
+  extern "C" __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 4 : 1) \
+      name(const __grid_constant__ Args args) {                             \
+    run_states<T, SmallStates<T>, true>(args);                              \
+  }                                                                         \
   GEOMETRY(name, SmallStates<T>)
-#define BIG(name, T)                                                                              \
-  extern "C" __global__ void __launch_bounds__(256, 2) name(const __grid_constant__ Args args) {  \
-    run_states<T, BigStates<T>, true>(args);                                                      \
-  }                                                                                               \
+#define BIG(name, T)                                                                             \
+  extern "C" __global__ void __launch_bounds__(256, 2) name(const __grid_constant__ Args args) { \
+    run_states<T, BigStates<T>, true>(args);                                                     \
+  }                                                                                              \
   GEOMETRY(name, BigStates<T>)
 
 SMALL(dstates_bf16, bf16)

@@ -10,45 +10,6 @@
 
 namespace mlstm {
 
-// cp.async of one accumulator; zero unless `inside`.
-template <typename A>
-__device__ __forceinline__ void copy_one(uint32_t dst, const A* src, bool inside) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src),
-               "n"(static_cast<int>(sizeof(A))), "r"(inside ? static_cast<int>(sizeof(A)) : 0)
-               : "memory");
-}
-
-template <typename A>
-__device__ __forceinline__ A load_any(const void* data, int64_t index, int dtype) {
-  switch (dtype) {
-    case kF32:
-      return static_cast<const float*>(data)[index];
-    case kF64:
-      return static_cast<A>(static_cast<const double*>(data)[index]);
-    case kBf16:
-      return to_acc(static_cast<const bf16*>(data)[index]);
-    default:
-      return to_acc(static_cast<const f16*>(data)[index]);
-  }
-}
-
-template <typename A>
-__device__ __forceinline__ void store_any(void* data, int64_t index, int dtype, A value) {
-  switch (dtype) {
-    case kF32:
-      static_cast<float*>(data)[index] = static_cast<float>(value);
-      break;
-    case kF64:
-      static_cast<double*>(data)[index] = value;
-      break;
-    case kBf16:
-      static_cast<bf16*>(data)[index] = from_acc<bf16>(static_cast<float>(value));
-      break;
-    default:
-      static_cast<f16*>(data)[index] = from_acc<f16>(static_cast<float>(value));
-  }
-}
-
 // kM x kN state tile, kWarpsM x kWarpsN warps, kTokens per step, kStages of loads in flight.
 template <typename T, int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kTokens_, int kStages_>
 struct StatesShape {
@@ -485,7 +446,7 @@ __device__ __forceinline__ void run_states(const Args& args) {
 
 // Any data type and device; 16-bit types where shared memory and the number of blocks allow.
 template <typename T>
-using SmallStates = StatesShape<T, 64, 64, 2, 2, sizeof(T) == 8 ? 32 : 64, sizeof(T) == 2 ? 3 : 2>;
+using SmallStates = StatesShape<T, 64, 64, 2, 2, sizeof(T) == 8 ? 32 : 64, sizeof(T) == 2 ? 4 : 2>;
 template <typename T>
 struct BigStatesOf {
   using Type = StatesShape<T, 128, 128, 2, 4, 64, 2>;

@@ -331,6 +331,45 @@ __device__ __forceinline__ A warp_sum(A x) {
   return x;
 }
 
+// cp.async of one accumulator; zero unless `inside`.
+template <typename A>
+__device__ __forceinline__ void copy_one(uint32_t dst, const A* src, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src),
+               "n"(static_cast<int>(sizeof(A))), "r"(inside ? static_cast<int>(sizeof(A)) : 0)
+               : "memory");
+}
+
+template <typename A>
+__device__ __forceinline__ A load_any(const void* data, int64_t index, int dtype) {
+  switch (dtype) {
+    case kF32:
+      return static_cast<const float*>(data)[index];
+    case kF64:
+      return static_cast<A>(static_cast<const double*>(data)[index]);
+    case kBf16:
+      return to_acc(static_cast<const bf16*>(data)[index]);
+    default:
+      return to_acc(static_cast<const f16*>(data)[index]);
+  }
+}
+
+template <typename A>
+__device__ __forceinline__ void store_any(void* data, int64_t index, int dtype, A value) {
+  switch (dtype) {
+    case kF32:
+      static_cast<float*>(data)[index] = static_cast<float>(value);
+      break;
+    case kF64:
+      static_cast<double*>(data)[index] = value;
+      break;
+    case kBf16:
+      static_cast<bf16*>(data)[index] = from_acc<bf16>(static_cast<float>(value));
+      break;
+    default:
+      static_cast<f16*>(data)[index] = from_acc<f16>(static_cast<float>(value));
+  }
+}
+
 // Sides of the stored chunk states, padded so that every row takes 16-byte copies and whole tiles.
 __device__ __forceinline__ int padded(int dim) { return (dim + 63) & ~63; }
 
