@@ -314,8 +314,12 @@ fn borrowed_slices_are_host_memory() {
     let cuda = ProblemSpec { device: Device::Cuda, ..small.spec };
     let message = small.forward(&cuda, |_| ());
     assert!(message.starts_with("problem.device"), "{message}");
-    assert!(matches!(mlstm::query(Op::Step, &cuda), Err(Error::Device(_))));
-    assert!(matches!(mlstm::preload(Device::Cuda, 0), Err(Error::Device(_))));
+    // A query needs no device, but a build for it.
+    assert_eq!(mlstm::query(Op::Step, &cuda).is_ok(), cfg!(feature = "cuda"));
+    assert!(matches!(
+        mlstm::preload(Device::Cuda, i32::MAX),
+        Err(Error::Device(_) | Error::InvalidArgument { .. })
+    ));
     mlstm::preload(Device::Cpu, 0).unwrap();
 }
 

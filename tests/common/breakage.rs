@@ -278,7 +278,7 @@ impl<'a> Breaks<'a> {
         }
         let broken = self.field("device", "CUDA", |p| p.device = MLSTM_DEVICE_CUDA);
         broken.status = MLSTM_DEVICE_ERROR;
-        broken.names = vec!["device: problem.device".into()];
+        broken.names = vec!["device: ".into()];
         for bad in [0, MLSTM_I32, MLSTM_I64, MLSTM_U8, 8, -1] {
             self.field("dtype", &bad.to_string(), |p| p.dtype = bad);
         }
