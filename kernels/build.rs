@@ -124,7 +124,11 @@ impl Job<'_> {
         if !done.is_file() {
             // Under a name of its own first: another build may be at it too.
             let fresh = cache.join(format!("{name}-{}.tmp", std::process::id()));
-            self.compile(command.arg("-o").arg(&fresh).arg(self.source))?;
+            let compiled = self.compile(command.arg("-o").arg(&fresh).arg(self.source));
+            if compiled.is_err() {
+                let _ = fs::remove_file(&fresh);
+            }
+            compiled?;
             fs::rename(&fresh, &done).map_err(failed)?;
         }
         fs::copy(&done, out.join(format!("{name}.fatbin"))).map(|_| ()).map_err(failed)

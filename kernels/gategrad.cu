@@ -208,7 +208,9 @@ __device__ __forceinline__ void emit(const Args& args) {
   double before = c > first_chunk(args, tokens.chunk.row)
                       ? chunk_e<Acc>(args, c - 1, h, lane)
                       : first_e<Acc>(args, tokens.chunk.row, h, lane);
-  double correction = all_weight > 0.0 ? (before - all) / all_weight : 0.0;
+  // A state that is not finite says nothing about a chunk that starts with a reset.
+  double rest = before - all;
+  double correction = all_weight > 0.0 && isfinite(rest) ? rest / all_weight : 0.0;
 
 #pragma unroll
   for (int j = kPerLane - 1; j >= 0; --j) {
@@ -252,7 +254,7 @@ using mlstm::Args;
     mlstm::scan<ACC>(args);                                            \
   }                                                                    \
   MLSTM_GEOMETRY(gategrad_scan_##SUFFIX, mlstm::kWarps, 1, 128, 0)     \
-  extern "C" __global__ void __launch_bounds__(128)                    \
+  extern "C" __global__ void __launch_bounds__(128, 4)                 \
       gategrad_emit_##SUFFIX(const __grid_constant__ Args args) {      \
     mlstm::emit<ACC>(args);                                            \
   }                                                                    \

@@ -15,8 +15,22 @@ __device__ __forceinline__ Pair<Acc> split(double x) {
   return {hi, static_cast<Acc>(x - static_cast<double>(hi))};
 }
 
+// Vectors of one chunk on their way to memory: lanes compute neighbouring tokens and so would write
+// with gaps between them.
+template <typename Acc>
+struct Staged {
+  Pair<Acc> row[kMaxChunk];
+  Pair<Acc> col[kMaxChunk];
+  Acc w[kMaxChunk];
+  Acc a[kMaxChunk];
+  Acc floor[kMaxChunk];
+  Acc m[kMaxChunk];
+};
+
 template <typename Acc>
 __device__ __forceinline__ void emit(const Args& args) {
+  __shared__ Staged<Acc> shared[kWarps];
+  Staged<Acc>& staged = shared[threadIdx.x / 32];
   int64_t item;
   int lane;
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
@@ -43,23 +57,34 @@ __device__ __forceinline__ void emit(const Args& args) {
   double phi = __shfl_up_sync(kFullWarp, sum, 1);
   if (lane == 0) phi = 0.0;
 
-  int64_t base = token_index(args, tokens.b, h, tokens.first);
+  int first = static_cast<int>(tokens.first - tokens.chunk.start);
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
     if (j >= tokens.count) continue;
     phi += gates[j].step * kLog2E;
     double source = gates[j].source * kLog2E;
-    static_cast<Pair<Acc>*>(args.row)[base + j] = split<Acc>(phi);
-    static_cast<Pair<Acc>*>(args.col)[base + j] = split<Acc>(source - phi);
-    static_cast<Acc*>(args.w)[base + j] = power_of_2<Acc>(phi);
+    staged.row[first + j] = split<Acc>(phi);
+    staged.col[first + j] = split<Acc>(source - phi);
+    staged.w[first + j] = power_of_2<Acc>(phi);
     // Rounding may leave the difference of equal sums a little above 0.
-    static_cast<Acc*>(args.a)[base + j] = power_of_2<Acc>(fmin(total - phi, 0.0) + source);
-    static_cast<Acc*>(args.floor)[base + j] =
+    staged.a[first + j] = power_of_2<Acc>(fmin(total - phi, 0.0) + source);
+    staged.floor[first + j] =
         exponential ? power_of_2<Acc>(-gates[j].m * kLog2E) : static_cast<Acc>(1);
+    staged.m[first + j] = static_cast<Acc>(gates[j].m);
+  }
+  __syncwarp();
+
+  int64_t base = token_index(args, tokens.b, h, tokens.chunk.start);
+  int64_t base_m = tokens.b * args.m.stride_b + h * args.m.stride_h +
+                   tokens.chunk.start * args.m.stride_s;
+  for (int t = lane; t < tokens.chunk.len; t += 32) {
+    static_cast<Pair<Acc>*>(args.row)[base + t] = staged.row[t];
+    static_cast<Pair<Acc>*>(args.col)[base + t] = staged.col[t];
+    static_cast<Acc*>(args.w)[base + t] = staged.w[t];
+    static_cast<Acc*>(args.a)[base + t] = staged.a[t];
+    static_cast<Acc*>(args.floor)[base + t] = staged.floor[t];
     if (args.write_m != 0) {
-      int64_t index = tokens.b * args.m.stride_b + h * args.m.stride_h +
-                      (tokens.first + j) * args.m.stride_s;
-      static_cast<Acc*>(args.m.data)[index] = static_cast<Acc>(gates[j].m);
+      static_cast<Acc*>(args.m.data)[base_m + t * args.m.stride_s] = staged.m[t];
     }
   }
   if (lane == 0) static_cast<Acc*>(args.g)[chunk_index(args, c, h)] = power_of_2<Acc>(total);
