@@ -35,6 +35,7 @@ except ImportError:  # the benchmark still measures us
     get_peer_kernel = get_peer_step_kernel = None
 
 CHUNK = 64  # the peer's chunk length; ours chooses its own
+BLOCK = 5  # calls in a row
 
 
 @dataclass
@@ -62,19 +63,25 @@ class Row:
 
 
 def paired(ours: Callable, other: Callable | None, seconds: float) -> tuple[list, list]:
-    """Times the two in turn, so that a drift of the machine's speed hits both alike."""
+    """Times blocks of calls of the two in turn, so that a drift of the machine's speed hits both.
+
+    The first call of a block is not counted: OpenMP's threads go on spinning for milliseconds
+    after torch's work is done, and would take a core from whoever comes next.
+    """
     calls = [ours] if other is None else [ours, other]
+    times: list[list[float]] = [[], []]
     for call in calls:
         call()
-        call()
-    times: list[list[float]] = [[], []]
     gc.disable()
     end = time.perf_counter() + seconds
-    while len(times[0]) < 5 or (time.perf_counter() < end and len(times[0]) < 2000):
+    while len(times[0]) < 2 * BLOCK or (time.perf_counter() < end and len(times[0]) < 4000):
         for index, call in enumerate(calls):
-            start = time.perf_counter()
+            time.sleep(0.01)
             call()
-            times[index].append(1e3 * (time.perf_counter() - start))
+            for _ in range(BLOCK):
+                start = time.perf_counter()
+                call()
+                times[index].append(1e3 * (time.perf_counter() - start))
     gc.enable()
     return times[0], times[1]
 
