@@ -23,6 +23,7 @@ from operator import truediv
 from pathlib import Path
 
 import torch
+from step_c_abi import step_call
 from tqdm import tqdm
 
 import mlstm
@@ -189,19 +190,20 @@ def step_inputs(b, nh, dhqk, dhhv):
     return [*x, torch.randn(b, nh, 1) + 3], state
 
 
-def step_case(b, nh, dhqk, dhhv, seconds) -> Row:
+def step_case(through, b, nh, dhqk, dhhv, seconds) -> Row:
     """The step in place, beside a copy of a state of the same size."""
     (q, k, v, i, f), (c, n, m) = step_inputs(b, nh, dhqk, dhhv)
     q, k, v, m = q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), m.squeeze(2)
     source, target = torch.randn_like(c), torch.empty_like(c)
-    runs = paired(
-        lambda: torch.ops.mlstm.step_(q, k, v, i, f, c, n, m),
-        lambda: target.copy_(source),
-        seconds,
-    )
+    if through == "C ABI":
+        h = torch.empty_like(v)
+        step = step_call(q=q, k=k, v=v, i=i, f=f, c=c, n=n, m=m, h=h)
+    else:
+        step = partial(torch.ops.mlstm.step_, q, k, v, i, f, c, n, m)
+    runs = paired(step, lambda: target.copy_(source), seconds)
     gigabytes = 2 * c.numel() * 4 / 1e9
     rate = 1e3 * gigabytes / statistics.median(runs[1])
-    name = f"step B{b} NH{nh} {dhqk}x{dhhv}, in place"
+    name = f"step B{b} NH{nh} {dhqk}x{dhhv} in place, {through}"
     return row(name, runs, "copy of a state", gigabytes, rate, "GB/s", ">= 0.8")
 
 
@@ -228,7 +230,8 @@ def cases(peak: float, seconds: float) -> list[Callable[[], Row]]:
                 target = target if shape == main and dtype == torch.float32 else ""
                 out.append(partial(sequence_case, shape, dtype, backward, peak, seconds, target))
     out += [partial(dtype_case, main, backward, peak, seconds) for backward in (False, True)]
-    out += [partial(step_case, b, 8, 256, 512, seconds) for b in (1, 8)]
+    for through in ("C ABI", "torch op"):
+        out += [partial(step_case, through, b, 8, 256, 512, seconds) for b in (1, 8)]
     if get_peer_step_kernel:
         out += [partial(step_peer_case, b, 8, 256, 512, seconds) for b in (1, 8)]
     return out
