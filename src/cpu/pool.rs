@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 /// it sleeps: about what waking up costs. Generation calls come in quick succession.
 const SPIN: Duration = Duration::from_micros(50);
 
+/// More threads than any machine has cores are a mistake, and each costs workspace.
+const MAX_THREADS: usize = 1024;
+
 /// Workers of one process.
 struct Workers {
     /// Threads do not survive a fork: a child that finds its parent's id here starts anew.
@@ -101,6 +104,7 @@ fn wanted_threads() -> usize {
             value.split(',').next()?.trim().parse().ok().filter(|&count: &usize| count > 0)
         })
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+        .min(MAX_THREADS)
 }
 
 /// Locks; nothing panics while it holds one of these locks.
