@@ -77,7 +77,7 @@ fn harmless(tensor: &mlstm_tensor, arena: &Arena) -> bool {
     let (base, start) = (tensor.data as usize as i128, arena.part(0) as usize as i128);
     let end = start + (PART * PARTS) as i128;
     let inside = base + low * 8 >= start && base + (high + 1) * 8 <= end;
-    inside || tensor.data.is_null() || base + high > i128::from(i64::MAX) || base + low * 8 < 0
+    inside || tensor.data.is_null() || base + high > i128::from(i64::MAX) || base + low < 0
 }
 
 fn dtype(choice: u8) -> i32 {

@@ -152,7 +152,7 @@ impl<'a> Breaks<'a> {
             return;
         }
         let others = setup.tensors.iter().filter(|t| t.name != tensor.name && t.len() > 0);
-        for other in others.filter(|t| t.address() as usize % item(tensor.dtype) == 0) {
+        for other in others.filter(|t| (t.address() as usize).is_multiple_of(item(tensor.dtype))) {
             let (name, target) = (tensor.name, other.name);
             // Whichever of the two comes first is named, and the moved one may meet a third.
             let names = [&format!("{name}:"), &format!("{target}:"), "c_dst:", "*"];

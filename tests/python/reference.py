@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 # Relative Frobenius error against float64 that outputs and gradients of a dtype may have. Rounding
-# alone makes 1.7e-3 in bfloat16 and 2.1e-4 in float16.
+# alone makes 1.7e-3 in bfloat16 and 2.1e-4 in float16; float32 gradients are typically at 1e-6, but
+# that of f is a sum over all tokens, in which much may cancel.
 TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
@@ -16,9 +17,9 @@ TOLERANCE = {
 }
 GRADIENT_TOLERANCE = {
     torch.float64: 1e-11,
-    torch.float32: 1e-5,
-    torch.bfloat16: 2e-2,
-    torch.float16: 5e-3,
+    torch.float32: 5e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
 }
 
 
@@ -159,6 +160,19 @@ def assert_close(got, wanted, tolerance, label=""):
     assert all(e <= tolerance for e in errors.values()), f"{label}: errors {errors} > {tolerance}"
 
 
+def assert_gradients_close(ours, exact, tolerance):
+    """Gradients of q, k, v, i, f within a relative error. Those of the first state are few sums
+    over all tokens, in which much may cancel: ten times that."""
+    got, wanted = ours.gradients(), exact.gradients()
+    assert_close(got[:5], wanted[:5], tolerance, "gradients of q, k, v, i, f")
+    assert_close(got[5:7], wanted[5:7], 10 * tolerance, "gradients of c, n")
+    if exact.m is not None and exact.m.numel() > 0:
+        # dm = <dc, c> + <dn, n> cancels most of all, and so is measured by its terms.
+        terms = [(t.grad * t).norm() for t in (exact.c, exact.n)]
+        difference = (got[7].double() - wanted[7].double()).norm()
+        assert difference <= 10 * tolerance * (wanted[7].norm() + sum(terms)), "gradient of m"
+
+
 def random_like(outputs):
     """Random incoming gradients, one per output."""
     return [torch.randn_like(t) for t in outputs]
@@ -187,5 +201,4 @@ def compare(kernel, inputs, *, states=True, oracle=None, precision=None, **optio
     gradients = random_like(got)
     torch.autograd.backward(got, gradients)
     torch.autograd.backward(wanted, [g.double() for g in gradients])
-    tolerance = GRADIENT_TOLERANCE[precision]
-    assert_close(ours.gradients(), exact.gradients(), tolerance, "gradients")
+    assert_gradients_close(ours, exact, GRADIENT_TOLERANCE[precision])

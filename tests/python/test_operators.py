@@ -126,7 +126,8 @@ def train(kernel, inputs):
 def test_compile_fullgraph(backend, dynamic, device):
     torch.compiler.reset()
     compiled = torch.compile(train, fullgraph=True, dynamic=dynamic, backend=backend)
-    for b, s in [(2, 33), (3, 50)]:
+    # Inductor's compiler is slow: one shape must do.
+    for b, s in [(2, 33), (3, 50)][: 1 if backend == "inductor" else 2]:
         x = random_inputs(device, b=b, s=s, states=True)
         results = []
         for function in (train, compiled):

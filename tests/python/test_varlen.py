@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mlstm.torch import get_mlstm_kernel
-from reference import Inputs, assert_close, flat, random_inputs, recurrence
+from reference import Inputs, assert_close, assert_gradients_close, flat, random_inputs, recurrence
 
 NAMES = ["chunkwise--xl_chunk", "parallel--limit_headdim", "chunkwise--xl_chunk_siging"]
 OFFSETS = {
@@ -55,7 +55,7 @@ def test_packed_equals_one_by_one(name, offsets, states, index_dtype, device):
     gradients = [torch.randn(t.shape).to(t) for t in got]
     torch.autograd.backward(got, gradients)
     torch.autograd.backward(wanted, gradients)
-    assert_close(together.gradients(), alone.gradients(), 1e-5, "gradients")
+    assert_gradients_close(together, alone, 1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES[:2])

@@ -499,7 +499,10 @@ fn a_huge_input_gate_and_a_row_of_ignored_tokens_are_right() {
         }
         for &level in Level::available() {
             let r = run(&case, &d, level, 1, &random);
-            check(&case, &compare(&case, &d, &r), F32.times(10.0));
+            // After a huge gate h depends on that one token's v only: dq and dk cancel, from terms
+            // of the size 1 / N.
+            let tolerance = Tolerance { gradients: 1e-2, gates: 1e-3, ..F32.times(10.0) };
+            check(&case, &compare(&case, &d, &r), tolerance);
             if gate < 0.0 {
                 assert!(r.h.rows(&[0, 0, 0], 2, 70).iter().all(|&h| h == 0.0));
             }
