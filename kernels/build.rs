@@ -26,7 +26,7 @@ pub fn compile() -> Result<(), String> {
     let out = PathBuf::from(variable("OUT_DIR")?);
     let nvcc = find_nvcc(&root)?;
     let archs = std::env::var("MLSTM_CUDA_ARCHS").unwrap_or_else(|_| ARCHS.into());
-    let (sources, headers) = sources(&root.join("kernels"))?;
+    let sources = sources(&root.join("kernels"))?;
     // OUT_DIR is <target>/<profile>/build/<package>/out; profiles share the compiled kernels.
     let cache = out.ancestors().nth(4).unwrap_or(&out).join("kernels");
     fs::create_dir_all(&cache).map_err(|error| format!("error: {}: {error}", cache.display()))?;
@@ -38,7 +38,7 @@ pub fn compile() -> Result<(), String> {
         for _ in 0..jobs.clamp(1, sources.len().max(1)) {
             scope.spawn(|| {
                 while let Some(source) = queue.lock().ok().and_then(|mut queue| queue.next()) {
-                    let job = Job { nvcc: &nvcc, archs: &archs, source, headers: &headers };
+                    let job = Job { nvcc: &nvcc, archs: &archs, source };
                     if let (Err(error), Ok(mut errors)) = (job.run(&cache, &out), errors.lock()) {
                         let _ = writeln!(errors, "{error}");
                     }
@@ -79,22 +79,33 @@ fn find_nvcc(root: &Path) -> Result<PathBuf, String> {
     })
 }
 
-/// The .cu files, and the text of all headers.
-fn sources(folder: &Path) -> Result<(Vec<PathBuf>, String), String> {
+/// The .cu files.
+fn sources(folder: &Path) -> Result<Vec<PathBuf>, String> {
     let failed = |error| format!("cannot read {}: {error}", folder.display());
-    let (mut sources, mut headers) = (Vec::new(), Vec::new());
+    let mut sources = Vec::new();
     for entry in fs::read_dir(folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        match path.extension().and_then(|extension| extension.to_str()) {
-            Some("cu") => sources.push(path),
-            Some("cuh") => headers.push(path),
-            _ => {}
+        if path.extension().is_some_and(|extension| extension == "cu") {
+            sources.push(path);
         }
     }
     sources.sort();
-    headers.sort();
-    let texts: Result<Vec<String>, _> = headers.iter().map(fs::read_to_string).collect();
-    Ok((sources, texts.map_err(failed)?.concat()))
+    Ok(sources)
+}
+
+/// A file and all of ours that it includes, in order, each once.
+fn with_includes(path: &Path, texts: &mut Vec<(PathBuf, String)>) -> Result<(), String> {
+    if texts.iter().any(|(known, _)| known == path) {
+        return Ok(());
+    }
+    let text = fs::read_to_string(path)
+        .map_err(|error| format!("error: cannot read {}: {error}", path.display()))?;
+    let names: Vec<String> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("#include \"")?.split('"').next().map(Into::into))
+        .collect();
+    texts.push((path.into(), text));
+    names.iter().try_for_each(|name| with_includes(&path.with_file_name(name), texts))
 }
 
 fn stem(path: &Path) -> String {
@@ -105,7 +116,6 @@ struct Job<'a> {
     nvcc: &'a Path,
     archs: &'a str,
     source: &'a Path,
-    headers: &'a str,
 }
 
 impl Job<'_> {
@@ -118,8 +128,10 @@ impl Job<'_> {
             .args(self.code(&name));
         // Kernels take minutes to compile; what has been compiled before is kept.
         let mut hasher = DefaultHasher::new();
-        (format!("{command:?}"), self.headers).hash(&mut hasher);
-        fs::read_to_string(self.source).map_err(failed)?.hash(&mut hasher);
+        format!("{command:?}").hash(&mut hasher);
+        let mut texts = Vec::new();
+        with_includes(self.source, &mut texts)?;
+        texts.iter().for_each(|(_, text)| text.hash(&mut hasher));
         let done = cache.join(format!("{name}-{:016x}.fatbin", hasher.finish()));
         if !done.is_file() {
             // Under a name of its own first: another build may be at it too.

@@ -1,5 +1,5 @@
 // The arithmetic of the gates. Stabilisers and exponents are sums over the whole sequence, in double
-// for every dtype: float32 sums would not keep 1e-5. The functions of one token are Acc's.
+// for every dtype: float32 sums would not keep 1e-5, nor m its last digits.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -42,13 +42,8 @@ __device__ __forceinline__ double load_gate(const Args& args, const Tensor& gate
 }
 
 // log(sigmoid(x)) without overflow.
-template <typename Acc>
 __device__ __forceinline__ double logsigmoid(double x) {
   return fmin(x, 0.0) - log1p(exp(-fabs(x)));
-}
-template <>
-__device__ __forceinline__ double logsigmoid<float>(double x) {
-  return fmin(x, 0.0) - static_cast<double>(log1pf(expf(-fabsf(static_cast<float>(x)))));
 }
 
 template <typename Acc>
@@ -138,13 +133,12 @@ __device__ __forceinline__ double clamp_never(double x) {
   return x < kNever / kLog2E ? kNever / kLog2E : x;
 }
 
-template <typename Acc>
 __device__ __forceinline__ TokenGates token_gates(double i, double logf, double m_before,
                                                   bool exponential) {
   TokenGates gates;
   if (!exponential) {
     gates.step = clamp_never(logf);
-    gates.source = clamp_never(logsigmoid<Acc>(i));
+    gates.source = clamp_never(logsigmoid(i));
     gates.m = 0.0;
     gates.forgets = true;
     return gates;
@@ -175,7 +169,6 @@ struct LaneTokens {
   double logf[kPerLane];
 };
 
-template <typename Acc>
 __device__ __forceinline__ LaneTokens lane_tokens(const Args& args, int64_t c, int h, int lane) {
   LaneTokens tokens;
   tokens.chunk = chunk_at(args, c);
@@ -189,7 +182,7 @@ __device__ __forceinline__ LaneTokens lane_tokens(const Args& args, int64_t c, i
     if (j < tokens.count) {
       tokens.i[j] = load_gate(args, args.i, tokens.b, h, tokens.first + j);
       tokens.f[j] = load_gate(args, args.f, tokens.b, h, tokens.first + j);
-      tokens.logf[j] = logsigmoid<Acc>(tokens.f[j]);
+      tokens.logf[j] = logsigmoid(tokens.f[j]);
     }
   }
   return tokens;

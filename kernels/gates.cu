@@ -1,6 +1,6 @@
 // From gate pre-activations to the per-token vectors of params.cuh, in four kernels:
 //   chunk_table     packed sequences only: offsets on the device -> chunks    1 block of 1024
-//   gates_reduce_*  effect of each chunk on m                                 warp per chunk, head
+//   gates_reduce    effect of each chunk on m                                 warp per chunk, head
 //   gates_scan_*    m at each chunk's start, m_last                           warp per row, head
 //   gates_emit_*    m, exponents, weights                                     warp per chunk, head
 // Blocks have 128 threads unless said otherwise. The sigmoid gate (m = 0) needs gates_emit only.
@@ -36,7 +36,7 @@ __device__ __forceinline__ void emit(const Args& args) {
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  LaneTokens tokens = lane_tokens<Acc>(args, c, h, lane);
+  LaneTokens tokens = lane_tokens(args, c, h, lane);
   if (tokens.chunk.len == 0) return;
   bool exponential = (args.flags & kExponential) != 0;
   double m = exponential ? lane_m(tokens, chunk_gates(args, c, h)[2], lane) : 0.0;
@@ -46,7 +46,7 @@ __device__ __forceinline__ void emit(const Args& args) {
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
     if (j < tokens.count) {
-      gates[j] = token_gates<Acc>(tokens.i[j], tokens.logf[j], m, exponential);
+      gates[j] = token_gates(tokens.i[j], tokens.logf[j], m, exponential);
       m = gates[j].m;
       mine += gates[j].step * kLog2E;
     }
@@ -90,14 +90,13 @@ __device__ __forceinline__ void emit(const Args& args) {
   if (lane == 0) static_cast<Acc*>(args.g)[chunk_index(args, c, h)] = power_of_2<Acc>(total);
 }
 
-template <typename Acc>
 __device__ __forceinline__ void reduce(const Args& args) {
   int64_t item;
   int lane;
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  MaxPlus mine = inclusive_scan(effect(lane_tokens<Acc>(args, c, h, lane)), lane);
+  MaxPlus mine = inclusive_scan(effect(lane_tokens(args, c, h, lane)), lane);
   if (lane == 31) {
     double* out = chunk_gates(args, c, h);
     out[0] = mine.decay;
@@ -227,12 +226,12 @@ extern "C" __global__ void __launch_bounds__(1024) chunk_table(const __grid_cons
 }
 MLSTM_GEOMETRY(chunk_table, 1, 1, 1024, 0)
 
+extern "C" __global__ void __launch_bounds__(128) gates_reduce(const __grid_constant__ Args args) {
+  mlstm::reduce(args);
+}
+MLSTM_GEOMETRY(gates_reduce, mlstm::kWarps, 1, 128, 0)
+
 #define MLSTM_GATES(ACC, SUFFIX)                                                                 \
-  extern "C" __global__ void __launch_bounds__(128)                                              \
-      gates_reduce_##SUFFIX(const __grid_constant__ Args args) {                                 \
-    mlstm::reduce<ACC>(args);                                                                    \
-  }                                                                                              \
-  MLSTM_GEOMETRY(gates_reduce_##SUFFIX, mlstm::kWarps, 1, 128, 0)                                \
   extern "C" __global__ void __launch_bounds__(128)                                              \
       gates_scan_##SUFFIX(const __grid_constant__ Args args) {                                   \
     mlstm::scan<ACC>(args);                                                                      \

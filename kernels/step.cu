@@ -60,7 +60,7 @@ __device__ __forceinline__ Row row_of(const StepArgs& args, int b) {
 __device__ __forceinline__ float log_sigmoid(float x) {
   return fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
 }
-__device__ __forceinline__ double log_sigmoid(double x) { return logsigmoid<double>(x); }
+__device__ __forceinline__ double log_sigmoid(double x) { return logsigmoid(x); }
 
 template <typename Acc>
 __device__ __forceinline__ Acc load(const Tensor& t, int64_t offset, int32_t dtype) {

@@ -265,7 +265,7 @@ impl Run<'_> {
             self.launch("chunk_table", 1)?;
         }
         if self.problem.gate.has_stabilizer() {
-            self.launch_items(&format!("gates_reduce_{}", self.acc()), self.chunks())?;
+            self.launch_items("gates_reduce", self.chunks())?;
             self.launch_items(&format!("gates_scan_{}", self.acc()), self.heads())?;
         }
         self.launch_items(&format!("gates_emit_{}", self.acc()), self.chunks())
