@@ -104,7 +104,11 @@ impl Layout {
             // The last tile of a lane may be read up to a whole vector.
             *vector = carver.take::<T>(tokens + TILE);
         }
-        let dots = if backward && tokens > 0 { (problem.b * problem.nh) as usize * chunks_per_head } else { 0 };
+        let dots = if backward && tokens > 0 {
+            (problem.b * problem.nh) as usize * chunks_per_head
+        } else {
+            0
+        };
         let chunk_dots = carver.take::<f64>(dots);
         let slot_region = carver.take::<T>(slot.saturating_mul(slots));
         let mut layout = Self {
