@@ -5,12 +5,9 @@ use std::fmt;
 
 use crate::problem::{Device, Op, Problem};
 
-/// What the machine can do, as far as plans depend on it. Plans may change the time and the
-/// workspace with it, never the result's bits.
+/// What the library can do on this machine, as far as plans depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Worker threads of the CPU backend.
-    pub threads: usize,
     /// Whether the CUDA backend is built in.
     pub cuda: bool,
 }
@@ -35,16 +32,14 @@ pub struct Plan {
     pub chunk_size: i64,
     /// NC: an upper bound of the chunks of one head over all sequences of a row.
     pub num_chunks: i64,
-    /// Heads (rows x NH) whose chunk states are in the workspace at the same time.
-    pub wave: i64,
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             out,
-            "{} on {:?}: L {}, NC {}, {} heads at a time",
-            self.op, self.engine, self.chunk_size, self.num_chunks, self.wave
+            "{} on {:?}: L {}, NC {}",
+            self.op, self.engine, self.chunk_size, self.num_chunks
         )
     }
 }
@@ -74,13 +69,12 @@ pub fn plan(op: Op, problem: &Problem, capabilities: Capabilities) -> Option<Pla
     };
     // Packed sequences each end in a chunk of their own.
     let num_chunks = (tokens + chunk_size - 1) / chunk_size + problem.num_seqs.unwrap_or(0);
-    let heads = (problem.state_rows() * problem.nh).max(1);
-    let wave = heads.min(capabilities.threads.max(1) as i64);
-    Some(Plan { op, engine, chunk_size, num_chunks, wave })
+    Some(Plan { op, engine, chunk_size, num_chunks })
 }
 
+/// The caller's wish does not count here: kernels come for one length per type, and the peers'
+/// habitual 64 would only cost time.
 fn cuda_chunk(problem: &Problem) -> i64 {
     let [short, long] = CUDA_CHUNKS;
-    let wanted = problem.chunk_size.unwrap_or(long);
-    if problem.dtype.size() == 2 && wanted > short { long } else { short }
+    if problem.dtype.size() == 2 { long } else { short }
 }

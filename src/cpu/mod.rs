@@ -46,11 +46,6 @@ use step::StepLayout;
 /// Multiply-adds that are worth waking other threads for.
 const WORTH_THREADS: i64 = 1 << 21;
 
-/// Threads that work on one call.
-pub(crate) fn threads() -> usize {
-    pool::threads()
-}
-
 /// Starts the threads and looks at the CPU.
 pub(crate) fn preload() {
     pool::threads();
