@@ -162,8 +162,8 @@ test-python: setup ## Python tests
 	$(PY) -m pytest tests/python
 
 .PHONY: test-gpu
-test-gpu: lib ## tests that need a GPU, torch and pytest; not part of `test`
-	MLSTM_LIBRARY=$(TARGET)/release/libmlstm.so PYTHON=$(PYTHON) tests/gpu/run.sh
+test-gpu: setup ## tests that need a GPU; not part of `test`
+	PYTHON=$(abspath $(PY)) tests/gpu/run.sh
 
 # ---- Running ----------------------------------------------------------------------------------
 

@@ -613,7 +613,9 @@ static void bad_problems(void) {
   });
 }
 
+/* What a machine without a GPU answers; on others the call would read these host pointers. */
 static void no_cuda(void) {
+  if (mlstm_preload(MLSTM_DEVICE_CUDA, 0) == MLSTM_OK) return;
   FOR_EACH_OP(op) {
     REFUSED(*op, ((struct options){0}), MLSTM_DEVICE_ERROR,
             "device: ", c->problem.device = MLSTM_DEVICE_CUDA);

@@ -276,9 +276,12 @@ impl<'a> Breaks<'a> {
         for bad in [-2, 1, i32::MIN] {
             self.field("device_index", &bad.to_string(), |p| p.device_index = bad);
         }
-        let broken = self.field("device", "CUDA", |p| p.device = MLSTM_DEVICE_CUDA);
-        broken.status = MLSTM_DEVICE_ERROR;
-        broken.names = vec!["device: ".into()];
+        // Where there is a GPU, the call would hand it these host pointers.
+        if mlstm_preload(MLSTM_DEVICE_CUDA, 0) != MLSTM_OK {
+            let broken = self.field("device", "CUDA", |p| p.device = MLSTM_DEVICE_CUDA);
+            broken.status = MLSTM_DEVICE_ERROR;
+            broken.names = vec!["device: ".into()];
+        }
         for bad in [0, MLSTM_I32, MLSTM_I64, MLSTM_U8, 8, -1] {
             self.field("dtype", &bad.to_string(), |p| p.dtype = bad);
         }
