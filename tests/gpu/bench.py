@@ -4,9 +4,8 @@
 import argparse
 import statistics
 
-import torch
-
 import mlstm_c
+import torch
 
 SHAPES = {
     "7b": (8, 8, 8192, 256, 512),

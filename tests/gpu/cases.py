@@ -4,9 +4,8 @@ against the recurrence by tests of its own."""
 
 from dataclasses import dataclass, field
 
-import torch
-
 import mlstm_c
+import torch
 
 # Relative Frobenius error against float64 that a dtype may have.
 TOLERANCE = {

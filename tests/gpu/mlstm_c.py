@@ -3,8 +3,18 @@
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_size_t
-from ctypes import c_char_p, c_uint32, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_double,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_void_p,
+)
 from pathlib import Path
 
 import torch

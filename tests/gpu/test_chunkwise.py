@@ -3,11 +3,10 @@
 
 import itertools
 
+import mlstm_c
 import pytest
 import torch
 from cases import Case, check, compare
-
-import mlstm_c
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [F32, F64, BF16, F16]

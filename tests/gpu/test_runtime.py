@@ -5,11 +5,10 @@ import subprocess
 import sys
 import threading
 
+import mlstm_c
 import pytest
 import torch
 from cases import Case, compare
-
-import mlstm_c
 
 BF16 = torch.bfloat16
 

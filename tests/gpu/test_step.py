@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Steps of the CUDA kernels against the CPU in float64."""
 
+import mlstm_c
 import pytest
 import torch
-
-import mlstm_c
 from cases import TOLERANCE, error
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
