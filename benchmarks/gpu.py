@@ -123,6 +123,13 @@ def warm(plan: dict[str, list[Case]], options: argparse.Namespace, cache: str) -
         thread.join()
 
 
+def save(path: Path | None, machine: dict, rows: list[dict]) -> None:
+    """Writes the JSON file, if one is wanted."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="less than a minute: few cases, peers")
@@ -165,15 +172,14 @@ def main() -> None:
                     tqdm.write(line(case, peer, answer, floor), file=sys.stdout)
                     sys.stdout.flush()
                     bar.update()
+                    save(options.json, machine, rows)  # so that a run cut short leaves its rows
 
                 Worker(peer, options, cache).run(cases, report)
         log = Path(cache, "without_slp.txt")
         machine["without_slp"] = sorted(set(log.read_text().split())) if log.exists() else []
     if machine["without_slp"]:
         print("compiled without LLVM's SLP vectoriser:", ", ".join(machine["without_slp"]))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    save(options.json, machine, rows)
     if options.plots:
         from gpu_plots import draw
 
