@@ -25,7 +25,7 @@ pub struct Requirements {
 }
 
 fn decide(op: Op, problem: &Problem) -> Result<(Plan, usize)> {
-    let capabilities = Capabilities { cuda: cfg!(feature = "cuda") };
+    let capabilities = Capabilities { has_cuda: cfg!(feature = "cuda") };
     let plan = dispatch::plan(op, problem, capabilities).ok_or_else(no_cuda)?;
     let bytes = match plan.engine {
         Engine::Cpu => cpu::workspace_size(problem, &plan)?,

@@ -9,7 +9,7 @@ use crate::problem::{Device, Op, Problem};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
     /// Whether the CUDA backend is built in.
-    pub cuda: bool,
+    pub has_cuda: bool,
 }
 
 /// The code that runs a plan.
@@ -54,7 +54,7 @@ const CUDA_CHUNKS: [i64; 2] = [64, 128];
 pub fn plan(op: Op, problem: &Problem, capabilities: Capabilities) -> Option<Plan> {
     let engine = match problem.device {
         Device::Cpu => Engine::Cpu,
-        Device::Cuda if capabilities.cuda => Engine::Cuda,
+        Device::Cuda if capabilities.has_cuda => Engine::Cuda,
         Device::Cuda => return None,
     };
     let tokens = problem.s.max(1);
