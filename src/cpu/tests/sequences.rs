@@ -2,7 +2,7 @@
 
 use super::harness::{Buffer, Error, Poisoned, Random};
 use crate::cpu::level::Level;
-use crate::cpu::reference::{self, Cell, Incoming, Sequence, State};
+use crate::cpu::reference::{self, Cell, Forward, Incoming, Sequence, State};
 use crate::cpu::{backward_at, forward_at, workspace_size};
 use crate::dispatch::{self, Capabilities};
 use crate::ops::{Bw, BwTensors, Fw, FwTensors};
@@ -241,6 +241,30 @@ struct Errors {
     last: [Error; 3],
     gradients: [Error; 5],
     initial: [Error; 3],
+    /// Rounding errors of one token's N, relative to its denominator, in units of the type's.
+    condition: f64,
+}
+
+impl Errors {
+    /// Where the terms of N cancel, its rounding errors are large beside the denominator; h and the
+    /// gradients cannot be better than that, whoever computes them.
+    fn note_condition(&mut self, cell: &Cell, sequence: &Sequence, forward: &Forward) {
+        if !cell.gate.has_normalizer() {
+            return;
+        }
+        let positive = |x: &[f64]| x.iter().map(|x| x.abs()).collect();
+        let mut terms = sequence.clone();
+        terms.q = positive(&sequence.q);
+        terms.k = positive(&sequence.k);
+        terms.initial.n = positive(&sequence.initial.n);
+        let sums = reference::forward(cell, &terms).n;
+        for ((sum, n), m) in sums.iter().zip(&forward.n).zip(&forward.m) {
+            let den = n.abs().max((-m).exp());
+            if den.is_finite() && den > 0.0 {
+                self.condition = self.condition.max(sum / den);
+            }
+        }
+    }
 }
 
 fn state_of(buffers: [&Buffer; 3], row: usize, head: usize, p: &Problem) -> State {
@@ -288,6 +312,7 @@ fn compare(case: &Case, d: &Data, r: &Results) -> Errors {
                 initial,
             };
             let forward = reference::forward(&cell, &sequence);
+            errors.note_condition(&cell, &sequence, &forward);
             errors.h.extend(&r.h.rows(&at, 2, len), &forward.h);
             errors.n.extend(&tokens(&r.n), &forward.n);
             let last = state_of([&r.last[0], &r.last[1], &r.last[2]], row, head, p);
@@ -351,6 +376,8 @@ fn check(case: &Case, errors: &Errors, tolerance: Tolerance) {
     let small = (dv.size() * 1e-2).max(tiny);
     let gates = di.size().max(small);
     let dots = (errors.initial[0].size() * errors.last[0].size()).max(gates) + 1.0;
+    let unit = if case.spec.dtype == DType::F64 { f64::EPSILON } else { f32::EPSILON.into() };
+    let cancelled = (4.0 * unit * errors.condition).min(0.05);
     let named = [
         ("h", errors.h, t.h, tiny),
         ("n", errors.n, t.n, tiny),
@@ -371,6 +398,8 @@ fn check(case: &Case, errors: &Errors, tolerance: Tolerance) {
         named.iter().map(|(name, e, _, s)| format!("{name} {:.1e}", e.relative(*s))).collect();
     for (name, error, bound, size) in named {
         let error = error.relative(size);
+        // The states do not pass through the denominator.
+        let bound = if name.ends_with("_last") { bound } else { bound.max(cancelled) };
         assert!(
             error <= bound,
             "{name}: {error:.2e} > {bound:.1e}\n{case:?}\n{}",
@@ -605,11 +634,11 @@ fn sixteen_bit_data_costs_its_own_rounding_only() {
                 // h as it was stored, by way of dh.h, which may cancel for any one token; it
                 // weighs most in dn, and in the gates' dot products.
                 let (unit, gates) = match dtype {
-                    DType::Bf16 => (2.4e-3, 2e-2),
-                    _ => (3.2e-4, 2.5e-3),
+                    DType::Bf16 => (2.4e-3, 3e-2),
+                    _ => (3.2e-4, 4e-3),
                 };
                 let tolerance =
-                    Tolerance { h: unit, n: 1e-5, states: unit, gradients: 2.0 * unit, gates };
+                    Tolerance { h: unit, n: 1e-5, states: unit, gradients: 2.5 * unit, gates };
                 both_forms(&case, &random, tolerance);
             }
         }
