@@ -132,7 +132,7 @@ def save(path: Path | None, machine: dict, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="less than a minute: few cases, peers")
+    parser.add_argument("--quick", action="store_true", help="about a minute: few cases, peers")
     parser.add_argument("--only", default="", help="cases whose 'shape kind peer' matches")
     # At bfloat16 gates Triton 3.6 cannot compile some peers but by triton_slp.py.
     parser.add_argument("--gates", choices=("float32", "bfloat16"), default="float32")

@@ -5,7 +5,7 @@
 //! one chain of multiply-adds over the inner dimension, whatever the blocking: slicing the columns
 //! of a product over tasks does not change its bits. That, the causal shapes (16 rows and fewer at
 //! a time) and `cin` apart from `out` are why this is not a general crate's: `gemm` 0.19 promises
-//! none of them, and at these sizes, where packing does not pay, was about a tenth slower.
+//! none of them.
 #![allow(clippy::needless_range_loop, reason = "indices run over registers, and are unrolled")]
 
 use super::real::Real;

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 # All GPU tests: correctness through the C ABI and through PyTorch, compute-sanitizer on a small
 # set, and a quick benchmark. Needs a GPU and python3 with torch, pytest and tqdm; no compiler and no
-# network. About 5 minutes on an H200.
+# network. About 4 minutes on an H200.
 #
 #   tests/gpu/run.sh [mlstm-*.whl]    (without a wheel: the package built in this tree)
 #
@@ -32,7 +32,6 @@ heading 'PyTorch on the GPU'
 if [[ "${SANITIZE:-1}" != 0 ]]; then
   for tool in memcheck racecheck initcheck synccheck; do
     heading "compute-sanitizer $tool"
-    # Kernels are looked up among all of a module's functions, which memcheck reports as API errors.
     (cd tests/gpu && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --error-exitcode 1 "$PYTHON" sanitize.py | tail -n 5)
   done

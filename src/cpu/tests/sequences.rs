@@ -377,7 +377,9 @@ fn check(case: &Case, errors: &Errors, tolerance: Tolerance) {
     let gates = di.size().max(small);
     let dots = (errors.initial[0].size() * errors.last[0].size()).max(gates) + 1.0;
     let unit = if case.spec.dtype == DType::F64 { f64::EPSILON } else { f32::EPSILON.into() };
-    let cancelled = (4.0 * unit * errors.condition).min(0.05);
+    // Only extreme gates make it matter; elsewhere it would hide errors.
+    let extreme = case.gates == Gates::Extreme;
+    let cancelled = if extreme { (4.0 * unit * errors.condition).min(0.05) } else { 0.0 };
     let named = [
         ("h", errors.h, t.h, tiny),
         ("n", errors.n, t.n, tiny),
@@ -634,11 +636,11 @@ fn sixteen_bit_data_costs_its_own_rounding_only() {
                 // h as it was stored, by way of dh.h, which may cancel for any one token; it
                 // weighs most in dn, and in the gates' dot products.
                 let (unit, gates) = match dtype {
-                    DType::Bf16 => (2.4e-3, 3e-2),
-                    _ => (3.2e-4, 4e-3),
+                    DType::Bf16 => (2.4e-3, 2e-2),
+                    _ => (3.2e-4, 2.5e-3),
                 };
                 let tolerance =
-                    Tolerance { h: unit, n: 1e-5, states: unit, gradients: 2.5 * unit, gates };
+                    Tolerance { h: unit, n: 1e-5, states: unit, gradients: 2.0 * unit, gates };
                 both_forms(&case, &random, tolerance);
             }
         }
