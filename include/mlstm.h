@@ -72,6 +72,18 @@
 #define MLSTM_FLAG_NO_EPS 4
 
 /**
+ * Float32 matrix products may be rounded to TF32 (relative errors near 1e-3); ignored where there
+ * is nothing to gain: other dtypes, the CPU, a step. The default keeps them within 1e-5.
+ */
+#define MLSTM_FLAG_ALLOW_TF32 8
+
+/**
+ * Take the portable engine even where one for the device at hand fits the problem, to compare
+ * them; `mlstm_query` wants the same flag.
+ */
+#define MLSTM_FLAG_GENERIC_ENGINE 16
+
+/**
  * Result of a call; `MLSTM_OK` is 0. `mlstm_last_error` has the message.
  */
 typedef int32_t mlstm_status;

@@ -9,24 +9,9 @@
 
 using namespace mlstm;
 
-#define GEOMETRY(name, shape) \
-  MLSTM_GEOMETRY(name, shape::kM, shape::kN, shape::kThreads, shape::kReverseBytes)
-
-#define SMALL(name, T)                                                      \
-  extern "C" __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 4 : 1) \
-      name(const __grid_constant__ Args args) {                             \
-    run_states<T, SmallStates<T>, true>(args);                              \
-  }                                                                         \
-  GEOMETRY(name, SmallStates<T>)
-#define BIG(name, T)                                                                             \
-  extern "C" __global__ void __launch_bounds__(256, 2) name(const __grid_constant__ Args args) { \
-    run_states<T, BigStates<T>, true>(args);                                                     \
-  }                                                                                              \
-  GEOMETRY(name, BigStates<T>)
-
-SMALL(dstates_bf16, bf16)
-SMALL(dstates_f16, f16)
-SMALL(dstates_f32, float)
-SMALL(dstates_f64, double)
-BIG(dstates_bf16_big, bf16)
-BIG(dstates_f16_big, f16)
+MLSTM_SMALL_STATES(dstates_bf16, bf16, true)
+MLSTM_SMALL_STATES(dstates_f16, f16, true)
+MLSTM_SMALL_STATES(dstates_f32, float, true)
+MLSTM_SMALL_STATES(dstates_f64, double, true)
+MLSTM_BIG_STATES(dstates_bf16, bf16, true)
+MLSTM_BIG_STATES(dstates_f16, f16, true)

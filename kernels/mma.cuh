@@ -138,7 +138,8 @@ struct FragB<f16> {
   uint32_t r[2];
 };
 
-// Accumulators += A B.
+// Accumulators += A B; kFast rounds float32 to TF32 and means nothing to the other types.
+template <bool kFast>
 __device__ __forceinline__ void mma(float (&c)[4], const FragA<bf16>& a, const FragB<bf16>& b) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
@@ -147,6 +148,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const FragA<bf16>& a, const F
       : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
 }
 
+template <bool kFast>
 __device__ __forceinline__ void mma(float (&c)[4], const FragA<f16>& a, const FragB<f16>& b) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
@@ -170,8 +172,9 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// float32 as hi + lo in tf32, without lo * lo. Each block of 16 is summed on its own: the tensor
-// core truncates when it adds, which would bias long sums.
+// float32 as hi + lo in tf32, without lo * lo (kFast: hi alone). Each block of 16 is summed on its
+// own: the tensor core truncates when it adds, which would bias long sums.
+template <bool kFast>
 __device__ __forceinline__ void mma(float (&c)[4], const FragA<float>& a, const FragB<float>& b) {
   float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -189,14 +192,17 @@ __device__ __forceinline__ void mma(float (&c)[4], const FragA<float>& a, const 
       b_hi[r] = round_tf32(x);
       b_lo[r] = round_tf32(x - __uint_as_float(b_hi[r]));
     }
-    mma_tf32(sum, a_lo, b_hi);
-    mma_tf32(sum, a_hi, b_lo);
+    if constexpr (!kFast) {
+      mma_tf32(sum, a_lo, b_hi);
+      mma_tf32(sum, a_hi, b_lo);
+    }
     mma_tf32(sum, a_hi, b_hi);
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) c[e] += sum[e];
 }
 
+template <bool kFast>
 __device__ __forceinline__ void mma(double (&c)[4], const FragA<double>& a,
                                     const FragB<double>& b) {
 #pragma unroll

@@ -61,6 +61,10 @@ constexpr double kNever = -16384.0;
 constexpr int kMaxChunk = 128;
 constexpr int kMaxStepTokens = 16;
 
+// Bytes of shared memory that a block can have on every device served: compute capability 8.6 and
+// 8.9 have no more.
+constexpr int kSharedEverywhere = 99 * 1024;
+
 // dtype numbers of the C ABI's data types as used on the device.
 enum DType : int32_t { kF32 = 0, kF64 = 1, kBf16 = 2, kF16 = 3 };
 
@@ -68,6 +72,7 @@ enum Flags : int32_t {
   kExponential = 1,  // exponential input gate with stabiliser m (else sigmoid)
   kNormalize = 2,    // h is divided by the denominator
   kDetach = 4,       // the gradient leaves out the denominator's part
+  kAllowTf32 = 8,    // float32 products may be rounded to TF32
 };
 
 // (B, NH, S, D) of the data's type with dense D; strides in elements. Gate-like tensors

@@ -42,7 +42,7 @@ struct Cursor {
   int64_t start;
 };
 
-template <typename T, typename Shape, bool kReverse>
+template <typename T, typename Shape, bool kReverse, bool kFast>
 struct States {
   using A = Acc<T>;
   static constexpr int kMt = Shape::kM / Shape::kWarpsM / 16, kNt = Shape::kN / Shape::kWarpsN / 8;
@@ -328,8 +328,8 @@ struct States {
         scale_rows<T>(b[1], w);
 #pragma unroll
         for (int m = 0; m < kMt; ++m) {
-          mma(acc[m][i], a[m], b[0]);
-          mma(acc[m][i + 1], a[m], b[1]);
+          mma<kFast>(acc[m][i], a[m], b[0]);
+          mma<kFast>(acc[m][i + 1], a[m], b[1]);
         }
       }
     }
@@ -439,14 +439,20 @@ struct States {
 template <typename T, typename Shape, bool kReverse>
 __device__ __forceinline__ void run_states(const Args& args) {
   extern __shared__ __align__(128) unsigned char smem[];
-  States<T, Shape, kReverse> states{args};
-  states.smem = smem;
-  states.run();
+  if (sizeof(T) == 4 && (args.flags & kAllowTf32)) {
+    States<T, Shape, kReverse, sizeof(T) == 4> states{args, smem};
+    states.run();
+  } else {
+    States<T, Shape, kReverse, false> states{args, smem};
+    states.run();
+  }
 }
 
-// Any data type and device; 16-bit types where shared memory and the number of blocks allow.
+// Any data type and device.
 template <typename T>
-using SmallStates = StatesShape<T, 64, 64, 2, 2, sizeof(T) == 8 ? 32 : 64, sizeof(T) == 2 ? 4 : 2>;
+using SmallStates = StatesShape<T, 64, 64, 2, 2, sizeof(T) == 8 ? 16 : 64, sizeof(T) == 2 ? 4 : 2>;
+static_assert(SmallStates<double>::kReverseBytes <= kSharedEverywhere);
+// 16-bit types where shared memory and the number of blocks allow.
 template <typename T>
 struct BigStatesOf {
   using Type = StatesShape<T, 128, 128, 2, 4, 64, 2>;
@@ -458,5 +464,16 @@ struct BigStatesOf<f16> {
 };
 template <typename T>
 using BigStates = typename BigStatesOf<T>::Type;
+
+#define MLSTM_STATES(name, T, shape, reverse, blocks)                   \
+  extern "C" __global__ void __launch_bounds__(shape::kThreads, blocks) \
+      name(const __grid_constant__ Args args) {                         \
+    run_states<T, shape, reverse>(args);                                \
+  }                                                                     \
+  MLSTM_GEOMETRY(name, shape::kM, shape::kN, shape::kThreads,           \
+                 (reverse ? shape::kReverseBytes : shape::kBytes))
+#define MLSTM_SMALL_STATES(name, T, reverse) \
+  MLSTM_STATES(name, T, SmallStates<T>, reverse, (sizeof(T) == 2 ? 4 : 1))
+#define MLSTM_BIG_STATES(name, T, reverse) MLSTM_STATES(name##_big, T, BigStates<T>, reverse, 2)
 
 }  // namespace mlstm

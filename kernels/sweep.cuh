@@ -1,4 +1,4 @@
-// One kernel for h, dv, dq and dk: per 64 tokens ("rows") of a chunk,
+// One kernel for h, dv, dq and dk: per block of tokens ("rows") of a chunk,
 //   O_r = alpha_r (q'_r . X) + beta_r e + sum_c P_rc v'_c,   P_rc = D (mu_r nu_c q'_r.k'_c + eta)
 // over the chunk's tokens c ("columns") on one side of the diagonal. With x the query token:
 //         q'  k'  v'  X      alpha       beta, e           mu       nu       eta      columns
@@ -47,7 +47,7 @@ struct Block {
   int64_t token0;  // token index of the chunk's first token
 };
 
-template <typename T, typename Shape, Mode kMode>
+template <typename T, typename Shape, Mode kMode, bool kFast>
 __device__ __forceinline__ void sweep(const Args& args, unsigned char* smem) {
   using A = Acc<T>;
   constexpr bool kReverse = kMode == kDv || kMode == kDk;
@@ -56,6 +56,7 @@ __device__ __forceinline__ void sweep(const Args& args, unsigned char* smem) {
   constexpr int kWidth = Shape::kCols, kBlock = Shape::kBlock, kStages = Shape::kStages;
   // Warps form 2 x 4: blocks of 16 rows and of 8 output columns per warp.
   constexpr int kMt = kRows / 32, kNt = kWidth / 32;
+  constexpr int kEighths = kMt == 1 ? 2 : 4;  // groups of 8 rows that are weighted together
 
   const Tensor& tensor_q = kMode == kH    ? args.q
                            : kMode == kDv ? args.k
@@ -265,8 +266,8 @@ __device__ __forceinline__ void sweep(const Args& args, unsigned char* smem) {
             load_b<T, false>(b, lane, stage + Shape::kRowBlock + j * kBlock, 64, d, warp_col * 16);
 #pragma unroll
             for (int m = 0; m < kMt; ++m) {
-              mma(acc[m][2 * j], a[m], b[0]);
-              mma(acc[m][2 * j + 1], a[m], b[1]);
+              mma<kFast>(acc[m][2 * j], a[m], b[0]);
+              mma<kFast>(acc[m][2 * j + 1], a[m], b[1]);
             }
           }
         }
@@ -275,11 +276,11 @@ __device__ __forceinline__ void sweep(const Args& args, unsigned char* smem) {
         // Weight and mask; P goes to shared memory, its row sums stay exact.
         const int base_row = warp_row + g;
 #pragma unroll
-        for (int m0 = 0; m0 < kMt; m0 += 2) {
+        for (int m0 = 0; m0 < kMt; m0 += kEighths / 2) {
           const int row = base_row + m0 * 16;
-          A hi[4], lo[4], mul[4], sum[4];
+          A hi[kEighths], lo[kEighths], mul[kEighths], sum[kEighths];
 #pragma unroll
-          for (int q = 0; q < 4; ++q) {
+          for (int q = 0; q < kEighths; ++q) {
             hi[q] = row_hi[row + 8 * q];
             lo[q] = row_lo[row + 8 * q];
             if constexpr (!kReverse) mul[q] = row_mul[row + 8 * q];
@@ -294,7 +295,7 @@ __device__ __forceinline__ void sweep(const Args& args, unsigned char* smem) {
                 // Row minus column, for the first of each.
                 const int ahead = row0 + row - col0 - i;
 #pragma unroll
-                for (int q = 0; q < 4; ++q) {
+                for (int q = 0; q < kEighths; ++q) {
                   A p[2];
 #pragma unroll
                   for (int e = 0; e < 2; ++e) {
@@ -315,7 +316,7 @@ __device__ __forceinline__ void sweep(const Args& args, unsigned char* smem) {
           }
           if constexpr (kMode == kH) {
 #pragma unroll
-            for (int q = 0; q < 4; ++q) {
+            for (int q = 0; q < kEighths; ++q) {
               sum[q] = quad_sum(sum[q]);
               if (t == 0) sums[warp_col * kRows + row + 8 * q] = sum[q];
             }
@@ -349,9 +350,9 @@ __device__ __forceinline__ void sweep(const Args& args, unsigned char* smem) {
         }
         if (thread % kPerRow == 0) row_sum[r] += dot_n;
       }
-      warp_product<T, kMt, kNt, kNa, kDepth, !kFlip>(acc, stage, kRows, warp_row, 0,
-                                                     stage + Shape::kRowBlock,
-                                                     kFlip ? kWidth : kDepth, 0, warp_out, lane);
+      warp_product<T, kFast, kMt, kNt, kNa, kDepth, !kFlip>(
+          acc, stage, kRows, warp_row, 0, stage + Shape::kRowBlock, kFlip ? kWidth : kDepth, 0,
+          warp_out, lane);
       if (step == 2 * steps_in - 1) {
         // A weight of zero forgets the state, NaN included.
         const int base_row = warp_row + g;
@@ -379,8 +380,8 @@ __device__ __forceinline__ void sweep(const Args& args, unsigned char* smem) {
     } else if (!kFlip || step < last) {
       int j = step - 2 * steps_in;
       if (reaches(j, warp_row)) {
-        warp_product<T, kMt, kNt, kNa, 64, true>(acc, weights, kRows, warp_row, j * 64, stage, 64,
-                                                 0, warp_out, lane);
+        warp_product<T, kFast, kMt, kNt, kNa, 64, true>(acc, weights, kRows, warp_row, j * 64,
+                                                        stage, 64, 0, warp_out, lane);
       }
     } else {
       // q.dq or k.dk from the unrounded accumulators.
@@ -452,19 +453,29 @@ __device__ __forceinline__ void sweep(const Args& args, unsigned char* smem) {
   }
 }
 
-// 64 rows and columns, for any data type and device. The wide ones (16-bit types, about 100 KB of
-// shared memory) run two blocks per multiprocessor: on an H200 one block of 128 x 256 took 1.5
-// times as long, and 64 x 256 beat 128 x 128 for head dims above 128.
+template <typename T, typename Shape, Mode kMode>
+__device__ __forceinline__ void run_sweep(const Args& args) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  if (sizeof(T) == 4 && (args.flags & kAllowTf32)) {
+    sweep<T, Shape, kMode, sizeof(T) == 4>(args, smem);
+  } else {
+    sweep<T, Shape, kMode, false>(args, smem);
+  }
+}
+
+// 64 rows (float64: 32) and 64 columns, for any data type and device. The wide ones (16-bit types,
+// about 100 KB of shared memory) run two blocks per multiprocessor: on an H200 one block of
+// 128 x 256 took 1.5 times as long, and 64 x 256 beat 128 x 128 for head dims above 128.
 template <typename T>
-using SmallSweep = SweepShape<T, 64, 64, sizeof(T) == 2 ? 2 : 1, 2>;
+using SmallSweep = SweepShape<T, sizeof(T) == 8 ? 32 : 64, 64, sizeof(T) == 2 ? 2 : 1, 2>;
+static_assert(SmallSweep<double>::kBytes <= kSharedEverywhere);
 template <typename T, int kCols>
 using WideSweep = SweepShape<T, kCols == 256 ? 64 : 128, kCols, 2, 2>;
 
 #define MLSTM_SWEEP(name, T, shape, mode, blocks)           \
   extern "C" __global__ void __launch_bounds__(256, blocks) \
       name(const __grid_constant__ mlstm::Args args) {      \
-    extern __shared__ __align__(128) unsigned char smem[];  \
-    mlstm::sweep<T, shape, mlstm::mode>(args, smem);        \
+    mlstm::run_sweep<T, shape, mlstm::mode>(args);          \
   }                                                         \
   MLSTM_GEOMETRY(name, (shape::kRows), (shape::kCols), 256, (shape::kBytes))
 #define MLSTM_SMALL_SWEEP(name, T, mode) \

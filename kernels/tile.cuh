@@ -293,7 +293,7 @@ constexpr int kUnroll<bf16> = 2;
 
 // acc += A B over kK contraction steps from column (row) a_k of A and row b_k of B; the warp's
 // part starts at row0 of A and n0 of B. acc may have more blocks (kNa) than are used (kN).
-template <typename T, int kM, int kN, int kNa, int kK, bool kTransposeB>
+template <typename T, bool kFast, int kM, int kN, int kNa, int kK, bool kTransposeB>
 __device__ __forceinline__ void warp_product(Acc<T> (&acc)[kM][kNa][4], uint32_t a_tile, int a_rows,
                                              int row0, int a_k, uint32_t b_tile, int b_rows,
                                              int b_k, int n0, int lane) {
@@ -311,8 +311,8 @@ __device__ __forceinline__ void warp_product(Acc<T> (&acc)[kM][kNa][4], uint32_t
       load_b<T, kTransposeB>(b, lane, b_tile, b_rows, b_k + k, n0 + n * 8);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        mma(acc[m][n], a[m], b[0]);
-        mma(acc[m][n + 1], a[m], b[1]);
+        mma<kFast>(acc[m][n], a[m], b[0]);
+        mma<kFast>(acc[m][n + 1], a[m], b[1]);
       }
     }
   }

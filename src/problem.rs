@@ -86,6 +86,10 @@ pub struct Problem {
     pub gate: Gate,
     /// Gradient without the denominator's part, as the peers compute it.
     pub detach_denominator: bool,
+    /// Whether float32 matrix products may be rounded to TF32 (CUDA only).
+    pub allow_tf32: bool,
+    /// Whether to leave out engines made for one kind of device.
+    pub generic_engine: bool,
     /// dtype of q, k, v, h and their gradients.
     pub dtype: DType,
     /// dtype of i, f and their gradients.
@@ -140,6 +144,10 @@ pub struct ProblemSpec {
     pub gate: Gate,
     /// See [`Problem::detach_denominator`].
     pub detach_denominator: bool,
+    /// See [`Problem::allow_tf32`].
+    pub allow_tf32: bool,
+    /// See [`Problem::generic_engine`].
+    pub generic_engine: bool,
     /// See [`Problem::dtype`].
     pub dtype: DType,
     /// `None` for `dtype`.
@@ -167,6 +175,8 @@ impl Default for ProblemSpec {
             eps: None,
             gate: Gate::Exponential,
             detach_denominator: false,
+            allow_tf32: false,
+            generic_engine: false,
             dtype: DType::F32,
             gate_dtype: None,
             state_dtype: None,
@@ -233,6 +243,8 @@ impl ProblemSpec {
             eps,
             gate: self.gate,
             detach_denominator: self.detach_denominator,
+            allow_tf32: self.allow_tf32,
+            generic_engine: self.generic_engine,
             dtype: self.dtype,
             gate_dtype: self.gate_dtype.unwrap_or(self.dtype),
             state_dtype,

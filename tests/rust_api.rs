@@ -103,6 +103,8 @@ fn spec(p: &mlstm_problem) -> ProblemSpec {
             _ => Gate::Sigmoid { normalize: p.flags & MLSTM_FLAG_NO_NORMALIZE == 0 },
         },
         detach_denominator: p.flags & MLSTM_FLAG_DETACH_DENOMINATOR != 0,
+        allow_tf32: p.flags & MLSTM_FLAG_ALLOW_TF32 != 0,
+        generic_engine: p.flags & MLSTM_FLAG_GENERIC_ENGINE != 0,
         dtype: core_dtype(p.dtype),
         gate_dtype: given(p.gate_dtype),
         state_dtype: given(p.state_dtype),

@@ -76,6 +76,8 @@ struct Options {
   std::optional<double> qk_scale;
   double eps = 0;
   int64_t chunk_size = 0;
+  bool allow_tf32 = false;
+  bool generic_engine = false;
 };
 
 // The device that a call runs on; nothing else in this file depends on which one it is.
@@ -116,7 +118,9 @@ class Call {
     problem.eps = options.eps;
     problem.flags = (options.normalize ? 0 : MLSTM_FLAG_NO_NORMALIZE) |
                     (options.detach_denominator ? MLSTM_FLAG_DETACH_DENOMINATOR : 0) |
-                    (options.eps == 0 ? MLSTM_FLAG_NO_EPS : 0);
+                    (options.eps == 0 ? MLSTM_FLAG_NO_EPS : 0) |
+                    (options.allow_tf32 ? MLSTM_FLAG_ALLOW_TF32 : 0) |
+                    (options.generic_engine ? MLSTM_FLAG_GENERIC_ENGINE : 0);
     problem.gate = options.siging ? MLSTM_GATE_SIGMOID : MLSTM_GATE_EXP;
     problem.device = place_.device;
     problem.device_index = place_.index;
@@ -241,8 +245,11 @@ ForwardResult forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const OptionalTensor& n_initial, const OptionalTensor& m_initial,
                       const OptionalTensor& cu_seqlens, bool parallel, bool siging, bool normalize,
                       bool detach_denominator, std::optional<double> qk_scale, double eps,
-                      int64_t chunk_size, OptionalType state_dtype, bool return_last_states) {
-  Call call(q, v, i, {siging, normalize, detach_denominator, qk_scale, eps, chunk_size});
+                      int64_t chunk_size, bool allow_tf32, bool generic_engine,
+                      OptionalType state_dtype, bool return_last_states) {
+  Call call(q, v, i,
+            {siging, normalize, detach_denominator, qk_scale, eps, chunk_size, allow_tf32,
+             generic_engine});
   mlstm_problem& p = call.problem;
   call.pack(cu_seqlens);
   const ScalarType state =
@@ -291,8 +298,11 @@ BackwardResult backward(const Tensor& dh, const OptionalTensor& dc_last,
                         const OptionalTensor& cu_seqlens, const Tensor& h, const Tensor& n,
                         const Tensor& m, bool parallel, bool siging, bool normalize,
                         bool detach_denominator, std::optional<double> qk_scale, double eps,
-                        int64_t chunk_size, bool initial_gradients) {
-  Call call(q, v, i, {siging, normalize, detach_denominator, qk_scale, eps, chunk_size});
+                        int64_t chunk_size, bool allow_tf32, bool generic_engine,
+                        bool initial_gradients) {
+  Call call(q, v, i,
+            {siging, normalize, detach_denominator, qk_scale, eps, chunk_size, allow_tf32,
+             generic_engine});
   mlstm_problem& p = call.problem;
   call.pack(cu_seqlens);
   const OptionalTensor& any_c = c_initial ? c_initial : dc_last;
@@ -360,7 +370,7 @@ using StepResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 StepResult step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f,
                 const Tensor& c, const Tensor& n, const OptionalTensor& m, bool siging,
                 bool normalize, std::optional<double> qk_scale, double eps) {
-  Call call(q, v, i, {siging, normalize, false, qk_scale, eps, 0});
+  Call call(q, v, i, {siging, normalize, false, qk_scale, eps});
   const mlstm_problem& p = call.problem;
   mlstm_step_args args = step_args(call, q, k, v, i, f, c);
   args.c = call.in_dense("c", c);
@@ -382,7 +392,7 @@ Tensor step_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
              const OptionalTensor& src_slots, const OptionalTensor& dst_slots,
              const OptionalTensor& has_state, const OptionalTensor& num_tokens, bool siging,
              bool normalize, std::optional<double> qk_scale, double eps) {
-  Call call(q, v, i, {siging, normalize, false, qk_scale, eps, 0});
+  Call call(q, v, i, {siging, normalize, false, qk_scale, eps});
   const mlstm_problem& p = call.problem;
   mlstm_step_args args = step_args(call, q, k, v, i, f, c);
   args.c = call.out("c", c);
@@ -416,15 +426,16 @@ STABLE_TORCH_LIBRARY(mlstm, m) {
       "forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c_initial, "
       "Tensor? n_initial, Tensor? m_initial, Tensor? cu_seqlens, *, bool parallel=False, "
       "bool siging=False, bool normalize=True, bool detach_denominator=False, "
-      "float? qk_scale=None, float eps=1e-6, int chunk_size=0, ScalarType? state_dtype=None, "
-      "bool return_last_states=False) -> (Tensor h, Tensor n, Tensor m, Tensor c_last, "
-      "Tensor n_last, Tensor m_last)");
+      "float? qk_scale=None, float eps=1e-6, int chunk_size=0, bool allow_tf32=False, "
+      "bool generic_engine=False, ScalarType? state_dtype=None, bool return_last_states=False) -> "
+      "(Tensor h, Tensor n, Tensor m, Tensor c_last, Tensor n_last, Tensor m_last)");
   m.def(
       "backward(Tensor dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, Tensor q, Tensor k, "
       "Tensor v, Tensor i, Tensor f, Tensor? c_initial, Tensor? n_initial, Tensor? m_initial, "
       "Tensor? cu_seqlens, Tensor h, Tensor n, Tensor m, *, bool parallel=False, "
       "bool siging=False, bool normalize=True, bool detach_denominator=False, "
-      "float? qk_scale=None, float eps=1e-6, int chunk_size=0, bool initial_gradients=False) -> "
+      "float? qk_scale=None, float eps=1e-6, int chunk_size=0, bool allow_tf32=False, "
+      "bool generic_engine=False, bool initial_gradients=False) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc_initial, "
       "Tensor dn_initial, Tensor dm_initial)");
   m.def(

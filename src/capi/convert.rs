@@ -9,8 +9,11 @@ use crate::problem::{Device, Gate, Op, ProblemSpec};
 use crate::tensor::{DType, MAX_RANK, View};
 use crate::workspace::Workspace;
 
-const KNOWN_FLAGS: u32 =
-    MLSTM_FLAG_NO_NORMALIZE | MLSTM_FLAG_DETACH_DENOMINATOR | MLSTM_FLAG_NO_EPS;
+const KNOWN_FLAGS: u32 = MLSTM_FLAG_NO_NORMALIZE
+    | MLSTM_FLAG_DETACH_DENOMINATOR
+    | MLSTM_FLAG_NO_EPS
+    | MLSTM_FLAG_ALLOW_TF32
+    | MLSTM_FLAG_GENERIC_ENGINE;
 
 pub(super) fn op(value: mlstm_op) -> Result<Op> {
     match value {
@@ -104,6 +107,8 @@ pub(super) fn problem(problem: &mlstm_problem) -> Result<ProblemSpec> {
         eps,
         gate: gate(problem)?,
         detach_denominator: problem.flags & MLSTM_FLAG_DETACH_DENOMINATOR != 0,
+        allow_tf32: problem.flags & MLSTM_FLAG_ALLOW_TF32 != 0,
+        generic_engine: problem.flags & MLSTM_FLAG_GENERIC_ENGINE != 0,
         dtype: dtype("problem.dtype", problem.dtype)?,
         gate_dtype: dtype_or_default("problem.gate_dtype", problem.gate_dtype)?,
         state_dtype: dtype_or_default("problem.state_dtype", problem.state_dtype)?,

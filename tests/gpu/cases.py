@@ -2,7 +2,7 @@
 """Random cases, run on a device and, in float64, on the CPU: there the library itself is held
 against the recurrence by tests of its own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlstm_c
 import torch
@@ -46,7 +46,7 @@ class Case:
     f_bias: float = 2.0
     form: str = "chunkwise"
     seed: int = 0
-    options: dict = field(default_factory=dict)
+    flags: int = 0  # more of them
 
     @property
     def acc(self):
@@ -104,9 +104,8 @@ class Case:
         return self.acc
 
     def problem(self, x, exact):
-        flags = (0 if self.normalize else mlstm_c.NO_NORMALIZE) | (
-            mlstm_c.DETACH_DENOMINATOR if self.detach else 0
-        )
+        flags = self.flags | (0 if self.normalize else mlstm_c.NO_NORMALIZE)
+        flags |= mlstm_c.DETACH_DENOMINATOR if self.detach else 0
         eps = 0.0
         if self.eps is not None:
             flags |= mlstm_c.NO_EPS if self.eps == 0 else 0

@@ -6,7 +6,7 @@ import itertools
 import mlstm_c
 import pytest
 import torch
-from cases import Case, check, compare
+from cases import Case, check, compare, error
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [F32, F64, BF16, F16]
@@ -230,6 +230,24 @@ def test_two_segments_are_one_run():
     h = torch.cat([head["h"], tail["h"]], 2)
     assert (h - one["h"]).norm() / one["h"].norm() < 1e-6
     assert (tail["c_last"] - one["c_last"]).norm() / one["c_last"].norm() < 1e-6
+
+
+@pytest.mark.parametrize("i_bias", [-1.0, -10.0])
+def test_tf32(i_bias):
+    case = Case(s=300, dhqk=96, dhhv=80, i_bias=i_bias, flags=mlstm_c.ALLOW_TF32)
+    inputs = case.inputs()
+    got = check(case, inputs, scale=200)
+    wanted = case.run("cpu", inputs, exact=True)
+    for name in ("h", "dq", "dk", "dv"):
+        assert 1e-5 < error(got[name], wanted[name]) < 2e-3, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_generic_engine(dtype):
+    for dims in ((64, 64), (128, 256)):
+        check(
+            Case(dtype, s=300, dhqk=dims[0], dhhv=dims[1], flags=mlstm_c.GENERIC_ENGINE),
+        )
 
 
 def test_many_heads():

@@ -196,6 +196,74 @@ def test_compile_steps(device):
     assert error(results[0][3][slots], x.c) > 1e-2, "the pool did not change"
 
 
+# ---- TF32 and the portable engine --------------------------------------------------------------
+
+
+@pytest.fixture(params=["legacy", "precision"])
+def set_tf32(request):
+    """Sets torch's switch under its old and its new name."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+
+    def switch(on):
+        if request.param == "legacy":
+            matmul.allow_tf32 = on
+        else:
+            matmul.fp32_precision = "tf32" if on else "ieee"
+
+    yield switch
+    matmul.allow_tf32 = False  # the legacy name wants both to agree
+    matmul.fp32_precision = before
+
+
+def test_tf32_follows_torch(set_tf32, device):
+    x = random_inputs(device, b=1, nh=2, s=200, dhqk=64, dhhv=96)
+    double = x.map(torch.Tensor.double)
+    results = []
+    for inputs, on in ((double, False), (x, False), (x, True)):
+        set_tf32(on)
+        leaves = inputs.leaves()
+        h = mlstm_chunkwise__xl_chunk(*leaves)
+        set_tf32(False)  # the gradient is computed as its forward was
+        h.square().sum().backward()
+        results.append([h, *leaves.gradients()[:3]])
+    for wanted, exact, rounded in zip(*results, strict=True):
+        if device == "cpu":
+            assert torch.equal(exact, rounded)
+        else:
+            assert error(exact, wanted) < 1e-5
+            assert 1e-5 < error(rounded, wanted) < 2e-3
+
+
+def test_compiled_code_follows_the_tf32_switch(set_tf32, device):
+    torch.compiler.reset()
+    seen = []
+
+    def backend(graph, _):
+        calls = [node for node in graph.graph.nodes if "mlstm" in str(node.target)]
+        seen.extend(node.kwargs["allow_tf32"] for node in calls)
+        return graph.forward
+
+    compiled = torch.compile(mlstm_chunkwise__xl_chunk, fullgraph=True, backend=backend)
+    x = random_inputs(device, s=20)
+    for on in (False, False, True, True, False):
+        set_tf32(on)
+        compiled(*x)
+    assert seen == [False, True], "compiled once for each"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_portable_engine(dtype, device):
+    tokens, initial = operator_inputs(device, dtype, dhqk=64, dhhv=128)
+    results = [
+        OPS.forward(*tokens, *initial, None, generic_engine=generic) for generic in (False, True)
+    ]
+    if device == "cpu":
+        assert all(map(torch.equal, *results))
+    else:
+        assert_close([results[0][0]], [results[1][0]], 4 * TOLERANCE[dtype])
+
+
 # ---- autocast ---------------------------------------------------------------------------------
 
 

@@ -43,6 +43,12 @@ def states_as_returned(c, n, m, siging):
     return (c, n) if siging else (c, n, m.unsqueeze(-1))
 
 
+@torch.compiler.assume_constant_result  # compiled code is guarded by the switch
+def allows_tf32():
+    """torch's own switch for float32 matrix products on CUDA, by whichever name it was set."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def sequence(
     q,
     k,
@@ -81,6 +87,7 @@ def sequence(
             return_last_states=return_last_states,
             chunk_size=chunk_size or 0,
             siging=siging,
+            allow_tf32=allows_tf32(),
             **options,
         )
     return (h, states_as_returned(*last, siging)) if return_last_states else h
