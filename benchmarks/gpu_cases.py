@@ -21,9 +21,14 @@ QUICK = ("7b", "tfla", "small", "parallel_d128_s1024", "step_b1", "step_b128")
 LAUNCH_MS = 2e-3  # a kernel that does nothing
 FLOOR_CHUNK = 128  # the chunk length that the floor's arithmetic assumes
 
-SEQUENCE_PEERS = ("limit_chunk64", "xl_chunk128", "xl_chunk128_siging")
-PEERS = (*SEQUENCE_PEERS, "fla_simple_gla", "sdpa", "limit_headdim", "triton_step")
-QUICK_PEERS = ("xl_chunk128", "triton_step")
+# Not a peer but ourselves, with the kernels for every GPU where others would be taken.
+GENERIC = "generic_engine"
+SEQUENCE_PEERS = ("xl_chunk128", "limit_chunk64", "xl_chunk128_siging")
+TRITON_PEERS = ("limit_headdim", *SEQUENCE_PEERS, "fla_simple_gla", "triton_step")
+# What matters most comes first, in case time runs out.
+PEERS = ("xl_chunk128", GENERIC, "triton_step", "limit_headdim", "sdpa", "limit_chunk64")
+PEERS += ("xl_chunk128_siging", "fla_simple_gla")
+QUICK_PEERS = ("xl_chunk128", GENERIC, "triton_step")
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,10 @@ class Case:
         if self.is_step:
             return ("triton_step",)
         if self.shape_name in PARALLEL:
-            return ("limit_headdim",)
+            return (GENERIC, "limit_headdim")
         if self.shape_name in SERIES:
-            return ("xl_chunk128", "sdpa")
-        peers = SEQUENCE_PEERS
+            return (GENERIC, "xl_chunk128", "sdpa")
+        peers = (GENERIC, *SEQUENCE_PEERS)
         if self.kind == "fw":  # flash-linear-attention refuses its backward on Triton 3.6
             peers += ("fla_simple_gla",)
         return peers + ("sdpa",) if self.shape_name.startswith("7b") else peers

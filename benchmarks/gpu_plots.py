@@ -9,7 +9,13 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
-from gpu_cases import SERIES, SHAPES  # noqa: E402
+from gpu_cases import GENERIC, SERIES, SHAPES  # noqa: E402
+
+
+def label_of(row) -> str:
+    """A peer's name in the plots."""
+    name = "mlstm, generic engine" if row["peer"] == GENERIC else row["peer"]
+    return name if row["gates"] == "float32" else f"{name}, {row['gates']} gates"
 
 
 def by_sequence_length(rows, machine, path):
@@ -21,10 +27,12 @@ def by_sequence_length(rows, machine, path):
         for row in rows:
             if row["shape_name"] not in names or row["kind"] != kind or "failed" in row:
                 continue
+            if row["gates"] != "float32":
+                continue
             ours, *theirs = row["ms"]
             s = row["shape"][2]
             if row["peer"]:
-                lines.setdefault(row["peer"], []).append((s, theirs[0]))
+                lines.setdefault(label_of(row), []).append((s, theirs[0]))
             else:
                 lines.setdefault("mlstm", []).append((s, ours))
                 lines.setdefault("floor", []).append((s, row["floor_ms"]))
@@ -43,7 +51,7 @@ def by_sequence_length(rows, machine, path):
 def bars(rows, machine, path):
     """How many times longer each peer takes than we do, for each case."""
     done = [row for row in rows if row["peer"] and "failed" not in row]
-    labels = [f"{row['shape_name']} {row['kind']}: {row['peer']}" for row in done]
+    labels = [f"{row['shape_name']} {row['kind']}: {label_of(row)}" for row in done]
     ratios = [row["ms"][1] / row["ms"][0] for row in done]
     figure, axes = plt.subplots(figsize=(9, 1 + 0.2 * len(done)))
     colors = ["tab:green" if ratio >= 1 else "tab:red" for ratio in ratios]

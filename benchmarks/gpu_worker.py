@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The process in which benchmarks/gpu.py times us beside one peer; a peer may end it.
+"""The process in which benchmarks/gpu.py times us beside peers; a peer may end it.
 
-Takes JSON {"peer", "cases", "seconds", "gates", "warm_only"}; prints a line "@{...}" for each case.
+Reads a line of JSON for each case, {"case": [shape name, kind], "peer", "seconds", "gates",
+"warm_only"} or {"ceilings": true}, and answers it with a line "@{...}".
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
-from gpu_cases import PARALLEL, Case
+from gpu_cases import GENERIC, PARALLEL, TRITON_PEERS, Case
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
@@ -106,6 +108,13 @@ def our_sequence(case: Case, peer: str) -> Callable:
     return get_mlstm_kernel("parallel--limit_headdim" if parallel else "chunkwise--xl_chunk")
 
 
+def generic_engine(case: Case) -> Callable:
+    """Our kernels for every GPU, where others would be taken on this one."""
+    nothing = [None] * 4
+    options = {"parallel": case.shape_name in PARALLEL, "generic_engine": True}
+    return lambda *inputs: torch.ops.mlstm.forward(*inputs, *nothing, **options)[0]
+
+
 def peer_sequence(peer: str) -> Callable:
     from mlstm_kernels.torch import get_mlstm_kernel
 
@@ -155,6 +164,8 @@ def sequence_calls(case: Case, peer: str, gates: torch.dtype) -> list[Callable]:
     calls = [gradient_call(our_sequence(case, peer), inputs, backward)]
     if peer == "fla_simple_gla":
         calls.append(fla_call(inputs))
+    elif peer == GENERIC:
+        calls.append(gradient_call(generic_engine(case), inputs, backward))
     elif peer == "sdpa":
         calls.append(sdpa_call(case.shape, backward))
     elif peer:
@@ -232,26 +243,33 @@ def measure(case: Case, peer: str, seconds: float, gates: str, warm_only: bool) 
         return {"ms": times, "bytes": [] if case.is_step else [extra_memory(x) for x in calls]}
 
 
-def main() -> None:
-    order = json.loads(sys.argv[1])
-    if order["peer"] not in ("", "sdpa"):
-        import triton_slp
+@cache
+def guard_triton() -> None:
+    import triton_slp
 
-        log = os.environ.get("TRITON_CACHE_DIR")
-        triton_slp.install(Path(log, "without_slp.txt") if log else None)
-    torch.manual_seed(0)
-    for item in order["cases"]:
+    triton_slp.install(Path(os.environ["TRITON_CACHE_DIR"], triton_slp.LOG))
+
+
+def answer(request: dict) -> dict:
+    """What to answer to a request."""
+    if request.get("ceilings"):
+        return ceilings()
+    if request["peer"] in TRITON_PEERS:
+        guard_triton()
+    settings = (request[name] for name in ("peer", "seconds", "gates", "warm_only"))
+    return measure(Case(*request["case"]), *settings)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        torch.manual_seed(0)
         try:
-            if item == "ceilings":
-                answer = ceilings()
-            else:
-                settings = (order[name] for name in ("peer", "seconds", "gates", "warm_only"))
-                answer = measure(Case(*item), *settings)
+            result = answer(json.loads(line))
         except Exception as error:  # the peer's, of whatever kind: the next case may do
             lines = str(error).strip().splitlines() or [""]
-            answer = {"failed": f"{type(error).__name__}: {lines[0][:200]}"}
+            result = {"failed": f"{type(error).__name__}: {lines[0][:200]}"}
         torch.cuda.empty_cache()
-        print("@" + json.dumps(answer), flush=True)
+        print("@" + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from triton.backends.nvidia import compiler
 
+LOG = "without_slp.txt"  # in the folder of compiled kernels: which of them needed this
+
 
 def _dies(work) -> bool:
     """Whether `work`, done in a fork, ends in a signal."""
@@ -45,7 +47,7 @@ def _without_slp(module):
     return out
 
 
-def install(log: Path | None = None) -> None:
+def install(log: Path) -> None:
     """Guards every later compilation; appends the names of the kernels it changed to `log`."""
     make_llir, to_module = compiler.CUDABackend.make_llir, compiler.llvm.to_module
     skip = False
@@ -56,10 +58,9 @@ def install(log: Path | None = None) -> None:
     def guarded_make_llir(self, src, metadata, options, capability):
         nonlocal skip
         if skip := _dies(lambda: make_llir(self, src, dict(metadata), options, capability)):
-            if log is not None:
-                kernel = re.search(r"tt\.func public @(\w+)", str(src))
-                with log.open("a") as file:
-                    print(kernel[1] if kernel else "?", file=file)
+            kernel = re.search(r"tt\.func public @(\w+)", str(src))
+            with log.open("a") as file:
+                print(kernel[1] if kernel else "?", file=file)
         try:
             return make_llir(self, src, metadata, options, capability)
         finally:

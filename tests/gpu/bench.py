@@ -3,17 +3,14 @@
 
 import argparse
 import statistics
+import sys
+from pathlib import Path
 
 import mlstm_c
 import torch
 
-SHAPES = {
-    "7b": (8, 8, 8192, 256, 512),
-    "7b_long": (1, 8, 65536, 256, 512),
-    "7b_short": (32, 8, 2048, 256, 512),
-    "tfla": (8, 16, 8192, 128, 256),
-    "small": (16, 8, 4096, 64, 64),
-}
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from gpu_cases import SHAPES, STEPS  # noqa: E402
 
 
 def median_ms(work, repeats=10):
@@ -108,7 +105,7 @@ if __name__ == "__main__":
     options_profile = arguments.profile
     for what in arguments.what:
         if what == "step":
-            for rows in (1, 16, 128):
+            for rows, *_ in STEPS.values():
                 step(rows)
             step(16, s=4)
             step(128, state=torch.bfloat16)

@@ -39,5 +39,5 @@ fi
 
 if [[ "${BENCH:-1}" != 0 ]]; then
   heading 'Benchmark'
-  "$PYTHON" benchmarks/gpu.py --quick --json /dev/null
+  "$PYTHON" benchmarks/gpu.py --quick --budget 120
 fi
