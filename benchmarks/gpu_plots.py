@@ -61,7 +61,7 @@ def bars(rows, machine, path):
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="time of the peer / time of mlstm")
     axes.tick_params(axis="y", labelsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(done) - 0.5, -0.5)
     save(figure, machine, path)
 
 

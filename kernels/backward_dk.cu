@@ -6,13 +6,4 @@
 // factor being qk_tiles
 #include "sweep.cuh"
 
-MLSTM_SMALL_SWEEP(dk_bf16_small, mlstm::bf16, kDk)
-MLSTM_SMALL_SWEEP(dk_f16_small, mlstm::f16, kDk)
-MLSTM_SMALL_SWEEP(dk_f32_small, float, kDk)
-MLSTM_SMALL_SWEEP(dk_f64_small, double, kDk)
-MLSTM_WIDE_SWEEP(dk_bf16, mlstm::bf16, 64, kDk)
-MLSTM_WIDE_SWEEP(dk_bf16, mlstm::bf16, 128, kDk)
-MLSTM_WIDE_SWEEP(dk_bf16, mlstm::bf16, 256, kDk)
-MLSTM_WIDE_SWEEP(dk_f16, mlstm::f16, 64, kDk)
-MLSTM_WIDE_SWEEP(dk_f16, mlstm::f16, 128, kDk)
-MLSTM_WIDE_SWEEP(dk_f16, mlstm::f16, 256, kDk)
+MLSTM_ALL_SWEEPS(dk, kDk)

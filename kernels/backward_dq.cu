@@ -6,13 +6,4 @@
 // factor being qk_tiles
 #include "sweep.cuh"
 
-MLSTM_SMALL_SWEEP(dq_bf16_small, mlstm::bf16, kDq)
-MLSTM_SMALL_SWEEP(dq_f16_small, mlstm::f16, kDq)
-MLSTM_SMALL_SWEEP(dq_f32_small, float, kDq)
-MLSTM_SMALL_SWEEP(dq_f64_small, double, kDq)
-MLSTM_WIDE_SWEEP(dq_bf16, mlstm::bf16, 64, kDq)
-MLSTM_WIDE_SWEEP(dq_bf16, mlstm::bf16, 128, kDq)
-MLSTM_WIDE_SWEEP(dq_bf16, mlstm::bf16, 256, kDq)
-MLSTM_WIDE_SWEEP(dq_f16, mlstm::f16, 64, kDq)
-MLSTM_WIDE_SWEEP(dq_f16, mlstm::f16, 128, kDq)
-MLSTM_WIDE_SWEEP(dq_f16, mlstm::f16, 256, kDq)
+MLSTM_ALL_SWEEPS(dq, kDq)

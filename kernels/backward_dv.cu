@@ -5,13 +5,4 @@
 // 256 threads; grid = num_chunks * NH * ceil(L / rows) * ceil(DHHV / columns)
 #include "sweep.cuh"
 
-MLSTM_SMALL_SWEEP(dv_bf16_small, mlstm::bf16, kDv)
-MLSTM_SMALL_SWEEP(dv_f16_small, mlstm::f16, kDv)
-MLSTM_SMALL_SWEEP(dv_f32_small, float, kDv)
-MLSTM_SMALL_SWEEP(dv_f64_small, double, kDv)
-MLSTM_WIDE_SWEEP(dv_bf16, mlstm::bf16, 64, kDv)
-MLSTM_WIDE_SWEEP(dv_bf16, mlstm::bf16, 128, kDv)
-MLSTM_WIDE_SWEEP(dv_bf16, mlstm::bf16, 256, kDv)
-MLSTM_WIDE_SWEEP(dv_f16, mlstm::f16, 64, kDv)
-MLSTM_WIDE_SWEEP(dv_f16, mlstm::f16, 128, kDv)
-MLSTM_WIDE_SWEEP(dv_f16, mlstm::f16, 256, kDv)
+MLSTM_ALL_SWEEPS(dv, kDv)

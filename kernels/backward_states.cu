@@ -9,9 +9,4 @@
 
 using namespace mlstm;
 
-MLSTM_SMALL_STATES(dstates_bf16, bf16, true)
-MLSTM_SMALL_STATES(dstates_f16, f16, true)
-MLSTM_SMALL_STATES(dstates_f32, float, true)
-MLSTM_SMALL_STATES(dstates_f64, double, true)
-MLSTM_BIG_STATES(dstates_bf16, bf16, true)
-MLSTM_BIG_STATES(dstates_f16, f16, true)
+MLSTM_ALL_STATES(dstates, true)

@@ -5,13 +5,4 @@
 // 256 threads; grid = num_chunks * NH * ceil(L / rows) * ceil(DHHV / columns)
 #include "sweep.cuh"
 
-MLSTM_SMALL_SWEEP(outputs_bf16_small, mlstm::bf16, kH)
-MLSTM_SMALL_SWEEP(outputs_f16_small, mlstm::f16, kH)
-MLSTM_SMALL_SWEEP(outputs_f32_small, float, kH)
-MLSTM_SMALL_SWEEP(outputs_f64_small, double, kH)
-MLSTM_WIDE_SWEEP(outputs_bf16, mlstm::bf16, 64, kH)
-MLSTM_WIDE_SWEEP(outputs_bf16, mlstm::bf16, 128, kH)
-MLSTM_WIDE_SWEEP(outputs_bf16, mlstm::bf16, 256, kH)
-MLSTM_WIDE_SWEEP(outputs_f16, mlstm::f16, 64, kH)
-MLSTM_WIDE_SWEEP(outputs_f16, mlstm::f16, 128, kH)
-MLSTM_WIDE_SWEEP(outputs_f16, mlstm::f16, 256, kH)
+MLSTM_ALL_SWEEPS(outputs, kH)

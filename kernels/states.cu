@@ -7,9 +7,4 @@
 
 using namespace mlstm;
 
-MLSTM_SMALL_STATES(states_bf16, bf16, false)
-MLSTM_SMALL_STATES(states_f16, f16, false)
-MLSTM_SMALL_STATES(states_f32, float, false)
-MLSTM_SMALL_STATES(states_f64, double, false)
-MLSTM_BIG_STATES(states_bf16, bf16, false)
-MLSTM_BIG_STATES(states_f16, f16, false)
+MLSTM_ALL_STATES(states, false)

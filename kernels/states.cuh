@@ -436,16 +436,12 @@ struct States {
   }
 };
 
-template <typename T, typename Shape, bool kReverse>
+template <typename T, typename Shape, bool kReverse, bool kFast>
 __device__ __forceinline__ void run_states(const Args& args) {
   extern __shared__ __align__(128) unsigned char smem[];
-  if (sizeof(T) == 4 && (args.flags & kAllowTf32)) {
-    States<T, Shape, kReverse, sizeof(T) == 4> states{args, smem};
-    states.run();
-  } else {
-    States<T, Shape, kReverse, false> states{args, smem};
-    states.run();
-  }
+  States<T, Shape, kReverse, kFast> states{args};
+  states.smem = smem;
+  states.run();
 }
 
 // Any data type and device.
@@ -465,15 +461,24 @@ struct BigStatesOf<f16> {
 template <typename T>
 using BigStates = typename BigStatesOf<T>::Type;
 
-#define MLSTM_STATES(name, T, shape, reverse, blocks)                   \
+#define MLSTM_STATES(name, T, shape, reverse, fast, blocks)             \
   extern "C" __global__ void __launch_bounds__(shape::kThreads, blocks) \
       name(const __grid_constant__ Args args) {                         \
-    run_states<T, shape, reverse>(args);                                \
+    run_states<T, shape, reverse, fast>(args);                          \
   }                                                                     \
   MLSTM_GEOMETRY(name, shape::kM, shape::kN, shape::kThreads,           \
                  (reverse ? shape::kReverseBytes : shape::kBytes))
-#define MLSTM_SMALL_STATES(name, T, reverse) \
-  MLSTM_STATES(name, T, SmallStates<T>, reverse, (sizeof(T) == 2 ? 4 : 1))
-#define MLSTM_BIG_STATES(name, T, reverse) MLSTM_STATES(name##_big, T, BigStates<T>, reverse, 2)
+#define MLSTM_SMALL_STATES(name, T, reverse, fast) \
+  MLSTM_STATES(name, T, SmallStates<T>, reverse, fast, (sizeof(T) == 2 ? 4 : 1))
+#define MLSTM_BIG_STATES(name, T, reverse) MLSTM_STATES(name, T, BigStates<T>, reverse, false, 2)
+// All of a base name; the _tf32 kernels round the products of float32 data.
+#define MLSTM_ALL_STATES(base, reverse)                  \
+  MLSTM_SMALL_STATES(base##_bf16, bf16, reverse, false)  \
+  MLSTM_SMALL_STATES(base##_f16, f16, reverse, false)    \
+  MLSTM_SMALL_STATES(base##_f32, float, reverse, false)  \
+  MLSTM_SMALL_STATES(base##_tf32, float, reverse, true)  \
+  MLSTM_SMALL_STATES(base##_f64, double, reverse, false) \
+  MLSTM_BIG_STATES(base##_bf16_big, bf16, reverse)       \
+  MLSTM_BIG_STATES(base##_f16_big, f16, reverse)
 
 }  // namespace mlstm

@@ -453,16 +453,6 @@ __device__ __forceinline__ void sweep(const Args& args, unsigned char* smem) {
   }
 }
 
-template <typename T, typename Shape, Mode kMode>
-__device__ __forceinline__ void run_sweep(const Args& args) {
-  extern __shared__ __align__(128) unsigned char smem[];
-  if (sizeof(T) == 4 && (args.flags & kAllowTf32)) {
-    sweep<T, Shape, kMode, sizeof(T) == 4>(args, smem);
-  } else {
-    sweep<T, Shape, kMode, false>(args, smem);
-  }
-}
-
 // 64 rows (float64: 32) and 64 columns, for any data type and device. The wide ones (16-bit types,
 // about 100 KB of shared memory) run two blocks per multiprocessor: on an H200 one block of
 // 128 x 256 took 1.5 times as long, and 64 x 256 beat 128 x 128 for head dims above 128.
@@ -472,16 +462,30 @@ static_assert(SmallSweep<double>::kBytes <= kSharedEverywhere);
 template <typename T, int kCols>
 using WideSweep = SweepShape<T, kCols == 256 ? 64 : 128, kCols, 2, 2>;
 
-#define MLSTM_SWEEP(name, T, shape, mode, blocks)           \
+#define MLSTM_SWEEP(name, T, shape, mode, fast, blocks)     \
   extern "C" __global__ void __launch_bounds__(256, blocks) \
       name(const __grid_constant__ mlstm::Args args) {      \
-    mlstm::run_sweep<T, shape, mlstm::mode>(args);          \
+    extern __shared__ __align__(128) unsigned char smem[];  \
+    mlstm::sweep<T, shape, mlstm::mode, fast>(args, smem);  \
   }                                                         \
   MLSTM_GEOMETRY(name, (shape::kRows), (shape::kCols), 256, (shape::kBytes))
-#define MLSTM_SMALL_SWEEP(name, T, mode) \
-  MLSTM_SWEEP(name, T, mlstm::SmallSweep<T>, mode, (sizeof(T) == 2 ? 2 : 1))
+#define MLSTM_SMALL_SWEEP(name, T, mode, fast) \
+  MLSTM_SWEEP(name##_small, T, mlstm::SmallSweep<T>, mode, fast, (sizeof(T) == 2 ? 2 : 1))
 #define MLSTM_WIDE_SWEEP(name, T, cols, mode) \
-  MLSTM_SWEEP(name##_##cols, T, MLSTM_COMMA(mlstm::WideSweep<T, cols>), mode, 2)
+  MLSTM_SWEEP(name##_##cols, T, MLSTM_COMMA(mlstm::WideSweep<T, cols>), mode, false, 2)
 #define MLSTM_COMMA(...) __VA_ARGS__
+// All of a base name; the _tf32 kernel rounds the products of float32 data.
+#define MLSTM_ALL_SWEEPS(base, mode)                       \
+  MLSTM_SMALL_SWEEP(base##_bf16, mlstm::bf16, mode, false) \
+  MLSTM_SMALL_SWEEP(base##_f16, mlstm::f16, mode, false)   \
+  MLSTM_SMALL_SWEEP(base##_f32, float, mode, false)        \
+  MLSTM_SMALL_SWEEP(base##_tf32, float, mode, true)        \
+  MLSTM_SMALL_SWEEP(base##_f64, double, mode, false)       \
+  MLSTM_WIDE_SWEEP(base##_bf16, mlstm::bf16, 64, mode)     \
+  MLSTM_WIDE_SWEEP(base##_bf16, mlstm::bf16, 128, mode)    \
+  MLSTM_WIDE_SWEEP(base##_bf16, mlstm::bf16, 256, mode)    \
+  MLSTM_WIDE_SWEEP(base##_f16, mlstm::f16, 64, mode)       \
+  MLSTM_WIDE_SWEEP(base##_f16, mlstm::f16, 128, mode)      \
+  MLSTM_WIDE_SWEEP(base##_f16, mlstm::f16, 256, mode)
 
 }  // namespace mlstm

@@ -204,6 +204,14 @@ impl Run<'_> {
         params::suffix(self.problem.dtype)
     }
 
+    /// The suffix of kernels made of matrix products.
+    fn products(&self) -> &'static str {
+        match self.problem.dtype {
+            DType::F32 if self.problem.allow_tf32 => "tf32",
+            dtype => params::suffix(dtype),
+        }
+    }
+
     /// Chunks times heads.
     fn chunks(&self) -> i64 {
         self.args.num_chunks * self.problem.nh
@@ -229,7 +237,7 @@ impl Run<'_> {
         };
         let blocks = heads * ceil_div(p.dhqk, 128) * ceil_div(p.dhhv, 128);
         let big = blocks >= BIG_TILE_BLOCKS && p.dhqk > 64;
-        let small = format!("{base}_{}", self.data());
+        let small = format!("{base}_{}", self.products());
         big.then(|| tiled(format!("{small}_big")))
             .flatten()
             .or_else(|| tiled(small.clone()))
@@ -238,7 +246,7 @@ impl Run<'_> {
 
     /// A kernel on blocks of a chunk's tokens with `columns` outputs each.
     fn sweep(&self, base: &str, columns: i64) -> Result<Tiled> {
-        let base = format!("{base}_{}", self.data());
+        let base = format!("{base}_{}", self.products());
         let chunk_len = i64::from(self.args.chunk_len);
         // The narrowest tile that holds all columns, else the widest there is.
         let mut chosen: Option<Tiled> = None;

@@ -197,7 +197,6 @@ pub(super) fn flags(problem: &Problem) -> i32 {
     i32::from(problem.gate == Gate::Exponential)
         | i32::from(problem.gate.has_normalizer()) << 1
         | i32::from(problem.detach_denominator) << 2
-        | i32::from(problem.allow_tf32) << 3
 }
 
 /// Sizes are 32-bit on the device; offsets are not.
