@@ -237,6 +237,33 @@ class Call {
   std::deque<Tensor> copies_;
 };
 
+// Arguments with the inputs that all functions share.
+template <class Args>
+Args token_args(Call& call, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
+                const Tensor& f) {
+  Args args{};
+  args.q = call.in_dense("q", q);
+  args.k = call.in_dense("k", k);
+  args.v = call.in_dense("v", v);
+  args.i = call.in("i", i);
+  args.f = call.in("f", f);
+  return args;
+}
+
+// Arguments with the inputs that forward and backward share.
+template <class Args>
+Args sequence_args(Call& call, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
+                   const Tensor& f, const OptionalTensor& c_initial,
+                   const OptionalTensor& n_initial, const OptionalTensor& m_initial,
+                   const OptionalTensor& cu_seqlens) {
+  auto args = token_args<Args>(call, q, k, v, i, f);
+  args.c_initial = call.in_dense("c_initial", c_initial);
+  args.n_initial = call.in_dense("n_initial", n_initial);
+  args.m_initial = call.in("m_initial", m_initial);
+  args.cu_seqlens = call.in("cu_seqlens", cu_seqlens);
+  return args;
+}
+
 // h, n, m, c_last, n_last, m_last; n (N) and m per token are for the backward.
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -256,16 +283,8 @@ ForwardResult forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
       state_dtype ? *state_dtype : (c_initial ? c_initial->scalar_type() : call.compute);
   p.state_dtype = dtype_of(state);
 
-  mlstm_fw_args args{};
-  args.q = call.in_dense("q", q);
-  args.k = call.in_dense("k", k);
-  args.v = call.in_dense("v", v);
-  args.i = call.in("i", i);
-  args.f = call.in("f", f);
-  args.c_initial = call.in_dense("c_initial", c_initial);
-  args.n_initial = call.in_dense("n_initial", n_initial);
-  args.m_initial = call.in("m_initial", m_initial);
-  args.cu_seqlens = call.in("cu_seqlens", cu_seqlens);
+  auto args = sequence_args<mlstm_fw_args>(call, q, k, v, i, f, c_initial, n_initial, m_initial,
+                                           cu_seqlens);
 
   const Tensor h = call.empty_tokens(v, {p.b, p.nh, p.s, p.dhhv}, q.scalar_type());
   const Tensor n = call.empty_if(normalize, {p.b, p.nh, p.s}, call.compute);
@@ -309,16 +328,8 @@ BackwardResult backward(const Tensor& dh, const OptionalTensor& dc_last,
   const ScalarType state = any_c ? any_c->scalar_type() : call.compute;
   p.state_dtype = dtype_of(state);
 
-  mlstm_bw_args args{};
-  args.q = call.in_dense("q", q);
-  args.k = call.in_dense("k", k);
-  args.v = call.in_dense("v", v);
-  args.i = call.in("i", i);
-  args.f = call.in("f", f);
-  args.c_initial = call.in_dense("c_initial", c_initial);
-  args.n_initial = call.in_dense("n_initial", n_initial);
-  args.m_initial = call.in("m_initial", m_initial);
-  args.cu_seqlens = call.in("cu_seqlens", cu_seqlens);
+  auto args = sequence_args<mlstm_bw_args>(call, q, k, v, i, f, c_initial, n_initial, m_initial,
+                                           cu_seqlens);
   if (normalize) args.h = call.in_dense("h", h);
   if (normalize) args.n = call.in("n", n);
   if (!siging) args.m = call.in("m", m);
@@ -355,13 +366,7 @@ mlstm_step_args step_args(Call& call, const Tensor& q, const Tensor& k, const Te
                           const Tensor& i, const Tensor& f, const Tensor& c) {
   call.problem.state_dtype = dtype_of(c.scalar_type());
   call.problem.num_slots = size_or_one(c, 0);
-  mlstm_step_args args{};
-  args.q = call.in_dense("q", q);
-  args.k = call.in_dense("k", k);
-  args.v = call.in_dense("v", v);
-  args.i = call.in("i", i);
-  args.f = call.in("f", f);
-  return args;
+  return token_args<mlstm_step_args>(call, q, k, v, i, f);
 }
 
 // h and the new c, n, m.

@@ -13,7 +13,7 @@
 
 use super::forward::{CAUSAL_ROWS, inverse_denominator};
 use super::gates::{self, GateGradients, GateViews};
-use super::lanes::{Lanes, read_real, token_rows};
+use super::lanes::{read_real, token_rows};
 use super::layout::{Layout, Memory, Scratch, Vector};
 use super::level::Level;
 use super::pool;
@@ -21,7 +21,7 @@ use super::real::Real;
 use super::states::{Active, SLICE, Slice, Sweep, Task};
 use super::table::{Compute, Kernels, Left};
 use super::vecops::{Mat, TILE, padded};
-use super::wave::for_each_wave;
+use super::wave::{for_each_wave, prepare};
 use crate::dispatch::Plan;
 use crate::error::Result;
 use crate::ops::{Bw, BwTensors};
@@ -55,10 +55,8 @@ pub(crate) fn run<T: Compute>(
     threads: usize,
 ) -> Result<()> {
     let problem = &op.problem;
-    let layout = Layout::new::<T>(problem, plan)?;
-    workspace.check(layout.bytes)?;
-    let lanes = Lanes::new(problem, layout.chunk, layout.chunks_per_head, op.tensors.cu_seqlens)?;
     let t = &op.tensors;
+    let (layout, lanes) = prepare::<T>(problem, plan, &workspace, t.cu_seqlens)?;
     if problem.s == 0 && t.dc_initial.is_none() {
         // Nothing to write, for however many heads that have no memory behind them.
         return Ok(());

@@ -2,7 +2,7 @@
 //! all output tiles at once.
 
 use super::gates::{self, GateViews};
-use super::lanes::{Lanes, token_rows, write_real};
+use super::lanes::{token_rows, write_real};
 use super::layout::{Layout, Memory, Vector};
 use super::level::Level;
 use super::pool;
@@ -10,7 +10,7 @@ use super::real::Real;
 use super::states::{Active, SLICE, Slice, Sweep, Task};
 use super::table::{Compute, Kernels, Left};
 use super::vecops::{Mat, TILE, padded};
-use super::wave::for_each_wave;
+use super::wave::{for_each_wave, prepare};
 use crate::dispatch::Plan;
 use crate::error::Result;
 use crate::ops::{Fw, FwTensors};
@@ -47,10 +47,8 @@ pub(crate) fn run<T: Compute>(
     threads: usize,
 ) -> Result<()> {
     let problem = &op.problem;
-    let layout = Layout::new::<T>(problem, plan)?;
-    workspace.check(layout.bytes)?;
-    let lanes = Lanes::new(problem, layout.chunk, layout.chunks_per_head, op.tensors.cu_seqlens)?;
     let t = &op.tensors;
+    let (layout, lanes) = prepare::<T>(problem, plan, &workspace, t.cu_seqlens)?;
     if problem.s == 0 && t.c_last.is_none() {
         // Nothing to write, for however many heads that have no memory behind them.
         return Ok(());

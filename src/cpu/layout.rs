@@ -151,41 +151,23 @@ impl Layout {
         let (ldk, ldv) = (leading(self.dk), leading(self.dv));
         let (dkp, dvp) = (padded(self.dk), padded(self.dv));
         let tile = TILE * TILE_LD;
-        let sizes: [usize; 14] = if backward {
-            [
-                TILE.saturating_mul(ldk),
-                TILE.saturating_mul(ldk),
-                dkp.saturating_mul(TILE_LD),
-                TILE.saturating_mul(ldv),
-                tile,
-                tile,
-                TILE.saturating_mul(ldv),
-                TILE * TILE / 2,
-                TILE.saturating_mul(ldk),
-                TILE.saturating_mul(ldk),
-                dvp.saturating_mul(TILE_LD),
-                TILE.saturating_mul(ldv),
-                tile,
-                dkp.saturating_mul(ldv),
-            ]
-        } else {
-            [
-                TILE.saturating_mul(ldk),
-                TILE.saturating_mul(ldk),
-                dkp.saturating_mul(TILE_LD),
-                TILE.saturating_mul(ldv),
-                tile,
-                tile,
-                TILE.saturating_mul(ldv),
-                TILE * TILE / 2,
-                TILE.saturating_mul(ldk),
-                0,
-                0,
-                0,
-                0,
-                0,
-            ]
-        };
+        let only = |size| if backward { size } else { 0 };
+        let sizes: [usize; 14] = [
+            TILE.saturating_mul(ldk),
+            TILE.saturating_mul(ldk),
+            dkp.saturating_mul(TILE_LD),
+            TILE.saturating_mul(ldv),
+            tile,
+            tile,
+            TILE.saturating_mul(ldv),
+            TILE * TILE / 2,
+            TILE.saturating_mul(ldk),
+            only(TILE.saturating_mul(ldk)),
+            only(dvp.saturating_mul(TILE_LD)),
+            only(TILE.saturating_mul(ldv)),
+            only(tile),
+            only(dkp.saturating_mul(ldv)),
+        ];
         let regions = sizes.map(|size| carver.take::<T>(size));
         (carver.total().unwrap_or(usize::MAX), regions)
     }

@@ -3,6 +3,24 @@
 use super::lanes::Lanes;
 use super::layout::{Layout, WAVE};
 use super::states::Active;
+use crate::dispatch::Plan;
+use crate::error::Result;
+use crate::problem::Problem;
+use crate::tensor::View;
+use crate::workspace::Workspace;
+
+/// The layout of a call's workspace, which must be large enough, and its lanes.
+pub(crate) fn prepare<T>(
+    problem: &Problem,
+    plan: &Plan,
+    workspace: &Workspace,
+    cu_seqlens: Option<View>,
+) -> Result<(Layout, Lanes)> {
+    let layout = Layout::new::<T>(problem, plan)?;
+    workspace.check(layout.bytes)?;
+    let lanes = Lanes::new(problem, layout.chunk, layout.chunks_per_head, cu_seqlens)?;
+    Ok((layout, lanes))
+}
 
 /// Calls `work` with consecutive lanes, all of them in the end.
 pub(crate) fn for_each_wave(
