@@ -90,6 +90,66 @@ __device__ __forceinline__ void emit(const Args& args) {
   if (lane == 0) static_cast<Acc*>(args.g)[chunk_index(args, c, h)] = power_of_2<Acc>(total);
 }
 
+// Up to two tokens of a chunk of 64 per lane.
+struct Packed {
+  float vector[kPackedVectors][64];
+  float m[64];
+};
+
+__device__ __forceinline__ void pack_vectors(const Args& args) {
+  __shared__ Packed shared[kWarps];
+  Packed& packed = shared[threadIdx.x / 32];
+  int64_t item;
+  int lane;
+  if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
+  int64_t c = item / args.nh;
+  int h = static_cast<int>(item % args.nh);
+  LaneTokens tokens = lane_tokens(args, c, h, lane);
+  if (tokens.chunk.len == 0) return;
+  bool exponential = (args.flags & kExponential) != 0;
+  double m = exponential ? lane_m(tokens, chunk_gates(args, c, h)[2], lane) : 0.0;
+
+  double step[2] = {}, source[2] = {}, token_m[2] = {};
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (j < tokens.count) {
+      TokenGates gates = token_gates(tokens.i[j], tokens.logf[j], m, exponential);
+      token_m[j] = m = gates.m;
+      // Nearer limits than elsewhere; NaN passes through.
+      step[j] = gates.step * kLog2E < kNear ? kNear : gates.step * kLog2E;
+      source[j] = gates.source * kLog2E < kNear ? kNear : gates.source * kLog2E;
+    }
+  }
+  double sum = inclusive_sum(step[0] + step[1], lane);
+  double total = __shfl_sync(kFullWarp, sum, 31);
+  double phi = __shfl_up_sync(kFullWarp, sum, 1);
+  if (lane == 0) phi = 0.0;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    int t = 2 * lane + j;
+    int column = column_order(t);
+    bool inside = j < tokens.count;
+    phi += step[j];
+    packed.vector[0][column] = inside ? power_of_2<float>(phi) : 0.0f;
+    packed.vector[1][column] =
+        inside ? power_of_2<float>(fmin(total - phi, 0.0) + source[j]) : 0.0f;
+    packed.vector[2][t] = inside ? static_cast<float>(phi) : 0.0f;
+    packed.vector[3][column] = static_cast<float>(inside ? source[j] - phi : kNever);
+    packed.vector[4][t] =
+        inside && exponential ? power_of_2<float>(-token_m[j] * kLog2E) : 1.0f;
+    packed.m[t] = static_cast<float>(token_m[j]);
+  }
+  __syncwarp();
+
+  float* out = args.packed + chunk_index(args, c, h) * (kPackedVectors * 64);
+  for (int x = lane; x < kPackedVectors * 64; x += 32) out[x] = (&packed.vector[0][0])[x];
+  if (args.write_m != 0) {
+    float* m_out = at<float>(args.m, tokens.b, h, tokens.chunk.start);
+    for (int t = lane; t < tokens.chunk.len; t += 32) m_out[t * args.m.stride_s] = packed.m[t];
+  }
+  if (lane == 0) static_cast<float*>(args.g)[chunk_index(args, c, h)] = power_of_2<float>(total);
+}
+
 __device__ __forceinline__ void reduce(const Args& args) {
   int64_t item;
   int lane;
@@ -230,6 +290,11 @@ extern "C" __global__ void __launch_bounds__(128) gates_reduce(const __grid_cons
   mlstm::reduce(args);
 }
 MLSTM_GEOMETRY(gates_reduce, mlstm::kWarps, 1, 128, 0)
+
+extern "C" __global__ void __launch_bounds__(128) gates_pack(const __grid_constant__ Args args) {
+  mlstm::pack_vectors(args);
+}
+MLSTM_GEOMETRY(gates_pack, mlstm::kWarps, 1, 128, 0)
 
 #define MLSTM_GATES(ACC, SUFFIX)                                                                 \
   extern "C" __global__ void __launch_bounds__(128)                                              \

@@ -59,6 +59,13 @@ namespace mlstm {
 constexpr double kNever = -16384.0;
 
 constexpr int kMaxChunk = 128;
+
+// The Hopper kernels take chunks of 64 tokens and their vectors in one piece per chunk and head,
+// `packed`: w, a, row, col and floor, in float, col to the same base as row (hi alone: with kNear
+// for kNever it has digits enough for 16-bit data). Beyond the chunk's end w = a = 0, row = 0,
+// col = kNever, floor = 1. w, a and col stand in the order of columns (column_order).
+constexpr int kPackedVectors = 5;
+constexpr double kNear = -256.0;
 constexpr int kMaxStepTokens = 16;
 
 // Bytes of shared memory that a block can have on every device served: compute capability 8.6 and
@@ -156,9 +163,19 @@ struct Args {
   void* k_dk;       // [qk_tiles] token vectors of Acc
   void* e;          // [chunk_index][e_tiles] Acc: partial sums of E_c
   void* e_first;    // [R * NH][e_tiles] Acc: partial sums of <dC_0, C_0> + <dn_0, n_0>
+
+  // Hopper kernels only. A sequence's chunks are cut in `segments` parts that run side by side; what
+  // each but the last adds to the state, from zero and in the frame of its end:
+  // [R][NH][segments - 1] of
+  float* packed;         // [chunk_index][kPackedVectors][64]
+  float* segment_c;      // C, padded to [64-column groups of DHHV], in the order of registers
+  float* segment_n;      // n
+  float* segment_g;      // product of g
+  int32_t segments;      // at least 1
+  int32_t segment_grid;  // segments in the grid: all, or all but the last
 };
 
-static_assert(sizeof(Args) == 1112, "src/cuda/params.rs has the same size");
+static_assert(sizeof(Args) == 1152, "src/cuda/params.rs has the same size");
 
 // How a kernel wants to be launched, next to it in its module, where the host reads it: rows and
 // columns of a block's tile, threads, bytes of dynamic shared memory.
@@ -200,6 +217,12 @@ __device__ __forceinline__ int64_t chunk_index(const Args& args, int64_t c, int 
 // Index of a chunk state: times DHQK_p * DHHV_p (c_states) or DHQK_p (n_states).
 __device__ __forceinline__ int64_t slot_index(const Args& args, int64_t c, int row, int h) {
   return (c + row) * args.nh + h;
+}
+
+// Where token t of a chunk stands in vectors by the order of columns: the columns of a thread in a
+// product (2 t and 2 t + 1 of each 8) are next to each other.
+__device__ __forceinline__ int column_order(int t) {
+  return (t >> 1 & 3) * 16 + (t >> 3) * 2 + (t & 1);
 }
 
 template <typename T>

@@ -24,23 +24,30 @@ pub struct Requirements {
     pub num_chunks: i64,
 }
 
-fn decide(op: Op, problem: &Problem) -> Result<(Plan, usize)> {
-    let capabilities = Capabilities { has_cuda: cfg!(feature = "cuda") };
+/// `hopper`: see [`Capabilities`].
+fn decide(op: Op, problem: &Problem, hopper: bool) -> Result<(Plan, usize)> {
+    let capabilities = Capabilities { has_cuda: cfg!(feature = "cuda"), hopper };
     let plan = dispatch::plan(op, problem, capabilities).ok_or_else(no_cuda)?;
     let bytes = match plan.engine {
         Engine::Cpu => cpu::workspace_size(problem, &plan)?,
-        Engine::Cuda => cuda::workspace_size(problem, &plan)?,
+        Engine::Cuda | Engine::Hopper => cuda::workspace_size(problem, &plan)?,
     };
     Ok((plan, bytes))
 }
 
-/// A decision for a call that will run, on a device that is there.
-fn decide_to_run(op: Op, problem: &Problem) -> Result<(Plan, usize)> {
-    let (plan, bytes) = decide(op, problem)?;
-    if plan.engine == Engine::Cuda {
-        cuda::preload(problem.device_index)?;
+/// A decision for a call that will run, on a device that is there. `tiled`: whether the tensors are
+/// such that a GPU's copy engine can take them.
+fn decide_to_run(op: Op, problem: &Problem, tiled: bool) -> Result<(Plan, usize)> {
+    if problem.device == Device::Cpu {
+        return decide(op, problem, false);
     }
-    Ok((plan, bytes))
+    // What the problem lacks comes before what the machine lacks.
+    let generic = decide(op, problem, false)?;
+    cuda::preload(problem.device_index)?;
+    if tiled && cuda::is_hopper(problem.device_index) == Some(true) {
+        return decide(op, problem, true);
+    }
+    Ok(generic)
 }
 
 /// What a build without the CUDA backend calls in its place; plans never lead here.
@@ -54,6 +61,10 @@ mod cuda {
 
     pub(super) fn preload(_device_index: i32) -> Result<()> {
         Err(no_cuda())
+    }
+
+    pub(super) fn is_hopper(_device_index: i32) -> Option<bool> {
+        None
     }
 
     pub(super) fn forward(_: &Fw, _: &Plan, _: Workspace, _: Stream) -> Result<()> {
@@ -82,7 +93,16 @@ fn no_cuda() -> Error {
 /// # Errors
 /// As the call itself would fail on the problem alone.
 pub fn query(op: Op, spec: &ProblemSpec) -> Result<Requirements> {
-    let (plan, workspace_size) = decide(op, &spec.validate(op)?)?;
+    let problem = spec.validate(op)?;
+    let is_hopper = match problem.device {
+        Device::Cpu => Some(false),
+        Device::Cuda => cuda::is_hopper(problem.device_index),
+    };
+    let (plan, mut workspace_size) = decide(op, &problem, is_hopper != Some(false))?;
+    if is_hopper.is_none() || !problem.aligned {
+        // Calls may end up on the generic engine.
+        workspace_size = workspace_size.max(decide(op, &problem, false)?.1);
+    }
     Ok(Requirements {
         workspace_size,
         workspace_alignment: ALIGNMENT,
@@ -138,12 +158,12 @@ pub(crate) fn forward_views(
     stream: Stream,
 ) -> Result<()> {
     let problem = spec.validate(op)?;
-    let (plan, bytes) = decide_to_run(op, &problem)?;
+    let (plan, bytes) = decide_to_run(op, &problem, tensors.suit_copy_engine())?;
     let call = Fw::new(problem, tensors, &memory.view(bytes))?;
     let workspace = memory.get(bytes)?;
     match plan.engine {
         Engine::Cpu => cpu::forward(&call, &plan, workspace),
-        Engine::Cuda => cuda::forward(&call, &plan, workspace, stream),
+        Engine::Cuda | Engine::Hopper => cuda::forward(&call, &plan, workspace, stream),
     }
 }
 
@@ -155,12 +175,12 @@ pub(crate) fn backward_views(
     stream: Stream,
 ) -> Result<()> {
     let problem = spec.validate(op)?;
-    let (plan, bytes) = decide_to_run(op, &problem)?;
+    let (plan, bytes) = decide_to_run(op, &problem, false)?;
     let call = Bw::new(problem, tensors, &memory.view(bytes))?;
     let workspace = memory.get(bytes)?;
     match plan.engine {
         Engine::Cpu => cpu::backward(&call, &plan, workspace),
-        Engine::Cuda => cuda::backward(&call, &plan, workspace, stream),
+        Engine::Cuda | Engine::Hopper => cuda::backward(&call, &plan, workspace, stream),
     }
 }
 
@@ -171,12 +191,12 @@ pub(crate) fn step_views(
     stream: Stream,
 ) -> Result<()> {
     let problem = spec.validate(Op::Step)?;
-    let (plan, bytes) = decide_to_run(Op::Step, &problem)?;
+    let (plan, bytes) = decide_to_run(Op::Step, &problem, false)?;
     let call = Step::new(problem, tensors, &memory.view(bytes))?;
     let workspace = memory.get(bytes)?;
     match plan.engine {
         Engine::Cpu => cpu::step(&call, &plan, workspace),
-        Engine::Cuda => cuda::step(&call, workspace, stream),
+        Engine::Cuda | Engine::Hopper => cuda::step(&call, workspace, stream),
     }
 }
 

@@ -10,6 +10,9 @@ use crate::problem::{Device, Op, Problem};
 pub struct Capabilities {
     /// Whether the CUDA backend is built in.
     pub has_cuda: bool,
+    /// Whether the device is an H100 or H200 (compute capability 9.0) and its copy engine can take
+    /// the tensors ([`View::suits_copy_engine`](crate::tensor::View::suits_copy_engine)).
+    pub hopper: bool,
 }
 
 /// The code that runs a plan.
@@ -19,6 +22,8 @@ pub enum Engine {
     Cpu,
     /// Kernels on device memory.
     Cuda,
+    /// Kernels for the H100 and H200.
+    Hopper,
 }
 
 /// A decision, ready to run.
@@ -32,14 +37,16 @@ pub struct Plan {
     pub chunk_size: i64,
     /// NC: an upper bound of the chunks of one head over all sequences of a row.
     pub num_chunks: i64,
+    /// Parts of each sequence that run side by side ([`Engine::Hopper`]; else 1).
+    pub segments: i64,
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             out,
-            "{} on {:?}: L {}, NC {}",
-            self.op, self.engine, self.chunk_size, self.num_chunks
+            "{} on {:?}: L {}, NC {}, {} segments",
+            self.op, self.engine, self.chunk_size, self.num_chunks, self.segments
         )
     }
 }
@@ -54,7 +61,13 @@ const CUDA_CHUNKS: [i64; 2] = [64, 128];
 pub fn plan(op: Op, problem: &Problem, capabilities: Capabilities) -> Option<Plan> {
     let engine = match problem.device {
         Device::Cpu => Engine::Cpu,
-        Device::Cuda if capabilities.has_cuda => Engine::Cuda,
+        Device::Cuda if capabilities.has_cuda => {
+            if capabilities.hopper && suits_hopper(op, problem) {
+                Engine::Hopper
+            } else {
+                Engine::Cuda
+            }
+        }
         Device::Cuda => return None,
     };
     let tokens = problem.s.max(1);
@@ -62,6 +75,7 @@ pub fn plan(op: Op, problem: &Problem, capabilities: Capabilities) -> Option<Pla
         (_, Op::Step) => tokens,
         // The parallel form too: its numbers are the same, and time linear in S is no loss.
         (Engine::Cuda, _) => cuda_chunk(problem),
+        (Engine::Hopper, _) => HOPPER_CHUNK,
         (Engine::Cpu, Op::ChunkwiseFw | Op::ChunkwiseBw) => {
             problem.chunk_size.unwrap_or(DEFAULT_CHUNK).min(tokens)
         }
@@ -69,7 +83,62 @@ pub fn plan(op: Op, problem: &Problem, capabilities: Capabilities) -> Option<Pla
     };
     // Packed sequences each end in a chunk of their own.
     let num_chunks = (tokens + chunk_size - 1) / chunk_size + problem.num_seqs.unwrap_or(0);
-    Some(Plan { op, engine, chunk_size, num_chunks })
+    let segments = match engine {
+        Engine::Hopper => hopper_segments(problem, num_chunks),
+        Engine::Cpu | Engine::Cuda => 1,
+    };
+    Some(Plan { op, engine, chunk_size, num_chunks, segments })
+}
+
+/// Chunk length of the Hopper kernels: what the state's registers leave room for.
+const HOPPER_CHUNK: i64 = 64;
+
+/// Whether there are Hopper kernels for it.
+fn suits_hopper(op: Op, problem: &Problem) -> bool {
+    let p = problem;
+    matches!(op, Op::ChunkwiseFw | Op::ParallelFw)
+        && !p.generic_engine
+        && p.dtype.size() == 2
+        && p.dhqk % 64 == 0
+        && p.dhqk <= 256
+        && p.dhhv % 64 == 0
+        && p.b > 0
+        && p.nh > 0
+        // The copy engine counts tokens in 32 bits.
+        && (1..1 << 30).contains(&p.s)
+}
+
+/// Columns of DHHV that one block of the Hopper kernels takes.
+pub(crate) const fn hopper_columns(problem: &Problem) -> i64 {
+    if problem.dhhv <= 64 && problem.dhqk <= 128 { 64 } else { 128 }
+}
+
+/// How many parts to cut sequences into. A multiprocessor runs one block at a time; a block takes
+/// its chunks one after another, and with more than one part each but the last is first run for its
+/// state alone, at two fifths of the cost. The costs are those measured on an H200.
+fn hopper_segments(problem: &Problem, num_chunks: i64) -> i64 {
+    const MULTIPROCESSORS: i64 = 132;
+    const EXTRA_KERNEL: i64 = 10;
+    const FEWEST_CHUNKS: i64 = 16;
+    let ceil = |a: i64, b: i64| (a + b - 1) / b;
+    let p = problem;
+    let chunks = ceil(num_chunks, p.num_seqs.unwrap_or(1));
+    let blocks = p.state_rows() * p.nh * ceil(p.dhhv, hopper_columns(p));
+    // Thousands of blocks fill the machine as they are, and their product must not overflow.
+    if blocks > 4 * MULTIPROCESSORS {
+        return 1;
+    }
+    let cost = |segments: i64| {
+        let each = ceil(chunks, segments);
+        let main = ceil(blocks * segments, MULTIPROCESSORS) * each * 5;
+        let states = ceil(blocks * (segments - 1), MULTIPROCESSORS) * each * 2;
+        main + states + if segments > 1 { EXTRA_KERNEL } else { 0 }
+    };
+    (0..7)
+        .map(|exponent| 1 << exponent)
+        .take_while(|&segments| segments == 1 || chunks >= segments * FEWEST_CHUNKS)
+        .min_by_key(|&segments| cost(segments))
+        .unwrap_or(1)
 }
 
 /// The caller's wish does not count here: kernels come for one length per type, and the peers'

@@ -29,6 +29,13 @@ pub struct FwTensors {
     pub m_last: Option<View>,
 }
 
+impl FwTensors {
+    /// [`View::suits_copy_engine`] of all that it would copy.
+    pub fn suit_copy_engine(&self) -> bool {
+        [&self.q, &self.k, &self.v, &self.h].into_iter().all(View::suits_copy_engine)
+    }
+}
+
 /// Tensors of a backward call: the forward's, the incoming gradients and the outgoing ones, each
 /// of the shape and dtype of what it is the gradient of.
 #[derive(Debug, Clone, Copy)]

@@ -90,6 +90,9 @@ pub struct Problem {
     pub allow_tf32: bool,
     /// Whether to leave out engines made for one kind of device.
     pub generic_engine: bool,
+    /// The caller's word, for a query, that the rows of all tensors of rank 4 will be aligned to 16
+    /// bytes and ahead of each other (CUDA only).
+    pub aligned: bool,
     /// dtype of q, k, v, h and their gradients.
     pub dtype: DType,
     /// dtype of i, f and their gradients.
@@ -148,6 +151,8 @@ pub struct ProblemSpec {
     pub allow_tf32: bool,
     /// See [`Problem::generic_engine`].
     pub generic_engine: bool,
+    /// See [`Problem::aligned`].
+    pub aligned: bool,
     /// See [`Problem::dtype`].
     pub dtype: DType,
     /// `None` for `dtype`.
@@ -177,6 +182,7 @@ impl Default for ProblemSpec {
             detach_denominator: false,
             allow_tf32: false,
             generic_engine: false,
+            aligned: false,
             dtype: DType::F32,
             gate_dtype: None,
             state_dtype: None,
@@ -245,6 +251,7 @@ impl ProblemSpec {
             detach_denominator: self.detach_denominator,
             allow_tf32: self.allow_tf32,
             generic_engine: self.generic_engine,
+            aligned: self.aligned,
             dtype: self.dtype,
             gate_dtype: self.gate_dtype.unwrap_or(self.dtype),
             state_dtype,

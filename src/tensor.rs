@@ -142,6 +142,27 @@ impl View {
         self.shape().contains(&0)
     }
 
+    /// Whether every row (along the last dimension) starts at a multiple of 16 bytes.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "CUDA's"))]
+    pub(crate) fn has_aligned_rows(&self) -> bool {
+        let item = self.dtype.size() as i64;
+        let rows = self.strides().iter().take(self.rank.saturating_sub(1));
+        (self.data as usize).is_multiple_of(16)
+            && rows.into_iter().all(|stride| (stride * item) % 16 == 0)
+    }
+
+    /// Whether a GPU's copy engine can take its rows: aligned ones, ahead of each other and not too
+    /// far apart.
+    pub fn suits_copy_engine(&self) -> bool {
+        let item = self.dtype.size() as i64;
+        let steps = self.shape().iter().zip(self.strides());
+        self.has_aligned_rows()
+            && steps.into_iter().all(|(&size, &stride)| {
+                size <= 1 || (stride > 0 && stride.saturating_mul(item) < 1 << 40)
+            })
+    }
+
+
     /// Whether both are the same elements at the same place.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         self.data == other.data

@@ -13,7 +13,8 @@ const KNOWN_FLAGS: u32 = MLSTM_FLAG_NO_NORMALIZE
     | MLSTM_FLAG_DETACH_DENOMINATOR
     | MLSTM_FLAG_NO_EPS
     | MLSTM_FLAG_ALLOW_TF32
-    | MLSTM_FLAG_GENERIC_ENGINE;
+    | MLSTM_FLAG_GENERIC_ENGINE
+    | MLSTM_FLAG_ALIGNED;
 
 pub(super) fn op(value: mlstm_op) -> Result<Op> {
     match value {
@@ -109,6 +110,7 @@ pub(super) fn problem(problem: &mlstm_problem) -> Result<ProblemSpec> {
         detach_denominator: problem.flags & MLSTM_FLAG_DETACH_DENOMINATOR != 0,
         allow_tf32: problem.flags & MLSTM_FLAG_ALLOW_TF32 != 0,
         generic_engine: problem.flags & MLSTM_FLAG_GENERIC_ENGINE != 0,
+        aligned: problem.flags & MLSTM_FLAG_ALIGNED != 0,
         dtype: dtype("problem.dtype", problem.dtype)?,
         gate_dtype: dtype_or_default("problem.gate_dtype", problem.gate_dtype)?,
         state_dtype: dtype_or_default("problem.state_dtype", problem.state_dtype)?,

@@ -24,8 +24,8 @@ struct Tiled {
     grid: i64,
 }
 
-/// Enqueues a forward.
-pub(crate) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
+/// What every kernel of a forward is passed.
+pub(super) fn forward_args(call: &Fw, plan: &Plan, workspace: Workspace) -> Result<Args> {
     let (p, t) = (&call.problem, &call.tensors);
     let mut args = common(p, plan, &t.cu_seqlens, workspace, false)?;
     args.q = Tensor::from(&t.q);
@@ -43,8 +43,14 @@ pub(crate) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     args.n_last = Tensor::from(&t.n_last);
     args.m_last = Tensor::from(&t.m_last);
     args.write_m = i32::from(t.m.is_some());
-    args.vector_ok = i32::from([&t.q, &t.k, &t.v, &t.h].into_iter().all(allows_vectors));
+    args.vector_ok = i32::from([&t.q, &t.k, &t.v, &t.h].into_iter().all(View::has_aligned_rows));
+    Ok(args)
+}
 
+/// Enqueues a forward.
+pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
+    let p = &call.problem;
+    let args = forward_args(call, plan, workspace)?;
     let run = Run { device: driver::device(p.device_index)?, stream, problem: p, args };
     let kernels = [run.states_kernel("states")?, run.sweep("outputs", p.dhhv)?];
     run.device.enqueue(|| {
@@ -81,7 +87,7 @@ pub(crate) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
     args.dn_initial = Tensor::from(&t.dn_initial);
     args.dm_initial = Tensor::from(&t.dm_initial);
     let vectors = [&t.q, &t.k, &t.v, &t.dh, &t.dq, &t.dk, &t.dv].into_iter().chain(&t.h);
-    args.vector_ok = i32::from(vectors.into_iter().all(allows_vectors));
+    args.vector_ok = i32::from(vectors.into_iter().all(View::has_aligned_rows));
 
     let mut run = Run { device: driver::device(p.device_index)?, stream, problem: p, args };
     let dstates = run.states_kernel("dstates")?;
@@ -99,14 +105,6 @@ pub(crate) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
         }
         run.gate_gradients()
     })
-}
-
-/// Whether every row starts at a multiple of 16 bytes.
-fn allows_vectors(view: &View) -> bool {
-    let item = view.dtype.size() as i64;
-    let rows = view.shape().iter().zip(view.strides()).take(view.rank.saturating_sub(1));
-    (view.data as usize).is_multiple_of(16)
-        && rows.into_iter().all(|(&size, &stride)| size <= 1 || (stride * item) % 16 == 0)
 }
 
 /// Everything but the tensors that forward and backward have of their own.
@@ -167,6 +165,8 @@ fn common(
         cu_seqlens_stride: cu_seqlens.map_or(0, |view| view.stride[0]),
         cu_seqlens_wide: i64::from(cu_seqlens.is_some_and(|view| view.dtype == DType::I64)),
         buffers: layout::buffers(p, plan, backward, workspace),
+        segments: params::size("segments", plan.segments)?,
+        segment_grid: params::size("segments", plan.segments)?,
     })
 }
 
@@ -178,11 +178,11 @@ fn no_kernel(name: &str) -> Error {
 }
 
 /// One call on its way to the device.
-struct Run<'a> {
-    device: &'static Device,
-    stream: Stream,
-    problem: &'a Problem,
-    args: Args,
+pub(super) struct Run<'a> {
+    pub(super) device: &'static Device,
+    pub(super) stream: Stream,
+    pub(super) problem: &'a Problem,
+    pub(super) args: Args,
 }
 
 impl Run<'_> {
@@ -200,7 +200,7 @@ impl Run<'_> {
         params::suffix(self.problem.compute_dtype())
     }
 
-    fn data(&self) -> &'static str {
+    pub(super) fn data(&self) -> &'static str {
         params::suffix(self.problem.dtype)
     }
 
@@ -218,7 +218,7 @@ impl Run<'_> {
     }
 
     /// Rows of states times heads.
-    fn heads(&self) -> i64 {
+    pub(super) fn heads(&self) -> i64 {
         self.problem.state_rows() * self.problem.nh
     }
 
@@ -269,6 +269,18 @@ impl Run<'_> {
     }
 
     fn gates(&self) -> Result<()> {
+        self.stabilizers()?;
+        self.launch_items(&format!("gates_emit_{}", self.acc()), self.chunks())
+    }
+
+    /// The gates' vectors for the Hopper kernels.
+    pub(super) fn packed_gates(&self) -> Result<()> {
+        self.stabilizers()?;
+        self.launch_items("gates_pack", self.chunks())
+    }
+
+    /// m at the start of every chunk, and what packed sequences need first.
+    fn stabilizers(&self) -> Result<()> {
         if self.problem.num_seqs.is_some() {
             self.launch("chunk_table", 1)?;
         }
@@ -276,7 +288,7 @@ impl Run<'_> {
             self.launch_items("gates_reduce", self.chunks())?;
             self.launch_items(&format!("gates_scan_{}", self.acc()), self.heads())?;
         }
-        self.launch_items(&format!("gates_emit_{}", self.acc()), self.chunks())
+        Ok(())
     }
 
     fn gate_gradients(&self) -> Result<()> {

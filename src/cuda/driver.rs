@@ -9,6 +9,7 @@ use cudarc::driver::sys;
 
 use super::modules::IMAGES;
 use crate::error::{Error, Result};
+use crate::tensor::{DType, View};
 use crate::workspace::Stream;
 
 /// A device with its kernels loaded.
@@ -20,6 +21,72 @@ pub(super) struct Device {
     /// Programmatic launches exist from compute capability 9.0 on.
     overlaps: bool,
 }
+
+/// The copy engine's name of a type.
+fn map_dtype(dtype: DType) -> Result<sys::CUtensorMapDataType> {
+    match dtype {
+        DType::Bf16 => Ok(sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),
+        DType::F16 => Ok(sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16),
+        _ => Err(Error::Internal(format!("{dtype} has no tensor maps"))),
+    }
+}
+
+/// A tensor (B, NH, S, D) of 16-bit elements as (64, S, D / 64, NH, B), of which boxes of 64 tokens
+/// and `slabs` times 64 columns are copied; what lies beyond the tensor is zero. The view must suit
+/// the copy engine.
+pub(super) fn tensor_map(view: &View, slabs: i64) -> Result<sys::CUtensorMap> {
+    use sys::{
+        CUtensorMapFloatOOBfill as Fill, CUtensorMapInterleave as Interleave,
+        CUtensorMapL2promotion as Promotion, CUtensorMapSwizzle as Swizzle,
+    };
+    let [b, nh, s, d] = view.shape;
+    let sizes = [64, s, d / 64, nh, b].map(i64::cast_unsigned);
+    // A stride that no index walks along still has to be one.
+    let bytes = |stride: i64| if stride == 0 { 16 } else { (2 * stride).cast_unsigned() };
+    let [stride_b, stride_h, stride_s, _] = view.stride;
+    let strides = [bytes(stride_s), 128, bytes(stride_h), bytes(stride_b)];
+    let boxes = [64, 64, slabs as u32, 1, 1];
+    let mut map = std::mem::MaybeUninit::<sys::CUtensorMap>::zeroed();
+    // SAFETY: all arrays have the lengths of a rank of 5; the map is plain data, aligned by its type.
+    unsafe {
+        check(
+            "cuTensorMapEncodeTiled",
+            sys::cuTensorMapEncodeTiled(
+                map.as_mut_ptr(),
+                map_dtype(view.dtype)?,
+                5,
+                view.data.cast(),
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                boxes.as_ptr(),
+                [1; 5].as_ptr(),
+                Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                Fill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            ),
+        )?;
+        Ok(map.assume_init())
+    }
+}
+
+/// Whether a device is an H100 or H200; `None` if it cannot be told.
+pub(crate) fn is_hopper(index: i32) -> Option<bool> {
+    use sys::CUdevice_attribute as Attribute;
+    let count = slots().ok()?.len();
+    if usize::try_from(index).ok()? >= count {
+        return None;
+    }
+    let major = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+    let minor = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
+    let mut device = 0;
+    // SAFETY: a device that there is, and a valid out pointer.
+    check("cuDeviceGet", unsafe { sys::cuDeviceGet(&raw mut device, index) }).ok()?;
+    Some((attribute(device, major).ok()?, attribute(device, minor).ok()?) == HOPPER)
+}
+
+/// Compute capability of the H100 and H200.
+const HOPPER: (c_int, c_int) = (9, 0);
 
 // SAFETY: handles of the driver, which any thread may use.
 unsafe impl Send for Device {}
@@ -162,7 +229,7 @@ impl Device {
         let _current = Current::push(context)?;
         let mut kernels = HashMap::new();
         for image in IMAGES {
-            if image.hopper_only && (major, minor) != (9, 0) {
+            if image.hopper_only && (major, minor) != HOPPER {
                 continue;
             }
             let mut module = std::ptr::null_mut();

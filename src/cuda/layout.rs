@@ -3,11 +3,14 @@
 use std::ptr::null_mut;
 
 use super::params::Buffers;
-use crate::dispatch::Plan;
+use crate::dispatch::{self, Engine, Plan};
 use crate::error::Result;
 use crate::problem::Problem;
 use crate::tensor::DType;
 use crate::workspace::{Carver, Workspace};
+
+/// A chunk's vectors for the Hopper kernels: `kPackedVectors` of 64 floats.
+const PACKED_BYTES: usize = 5 * 64 * 4;
 
 /// Chunk states are padded to tiles of this many rows and columns.
 const TILE: i64 = 64;
@@ -15,6 +18,15 @@ const TILE: i64 = 64;
 /// a / b, rounded up.
 pub(super) const fn ceil_div(a: i64, b: i64) -> i64 {
     (a + b - 1) / b
+}
+
+/// DHQK as the Hopper kernels hold it: kernels are made for 64, 128 and 256.
+pub(super) const fn padded_dhqk(problem: &Problem) -> i64 {
+    match problem.dhqk {
+        ..=64 => 64,
+        65..=128 => 128,
+        _ => 256,
+    }
 }
 
 /// Partial sums of q.dq and k.dk per token: one per tile of DHQK.
@@ -91,19 +103,24 @@ fn carve(
     };
     let packed = p.num_seqs.is_some();
     let table = product(&[rows + 1]);
+    let hopper = plan.engine == Engine::Hopper;
+    let generic = !hopper;
+    let parts = product(&[rows, p.nh, plan.segments - 1]);
+    let columns = dispatch::hopper_columns(p);
+    let part = product(&[ceil_div(p.dhhv, columns) * columns, padded_dhqk(p)]);
     Buffers {
         chunks: take(product(&[chunks]), 16, packed),
         first_chunk: take(table, 8, packed),
         seq_starts: take(table, 8, packed),
         chunk_gates: take(scalars, 4 * 8, true),
-        row: take(tokens, 2 * acc, true),
-        col: take(tokens, 2 * acc, true),
-        w: take(tokens, acc, true),
-        a: take(tokens, acc, true),
-        floor: take(tokens, acc, true),
+        row: take(tokens, 2 * acc, generic),
+        col: take(tokens, 2 * acc, generic),
+        w: take(tokens, acc, generic),
+        a: take(tokens, acc, generic),
+        floor: take(tokens, acc, generic),
         g: take(scalars, acc, true),
-        c_states: take(matrix, data, true),
-        n_states: take(vector, acc, true),
+        c_states: take(matrix, data, generic),
+        n_states: take(vector, acc, generic),
         dc_states: take(matrix, data, backward),
         dn_states: take(vector, acc, backward),
         inv: take(tokens, acc, backward),
@@ -113,5 +130,9 @@ fn carve(
         k_dk: take(tokens.saturating_mul(qk_tiles(p) as usize), acc, backward),
         e: take(scalars.saturating_mul(e_tiles(p) as usize), acc, backward),
         e_first: take(product(&[rows, p.nh, e_tiles(p)]), acc, backward),
+        packed: take(scalars, PACKED_BYTES, hopper),
+        segment_c: take(parts.saturating_mul(part), 4, hopper),
+        segment_n: take(parts.saturating_mul(padded_dhqk(p) as usize), 4, hopper),
+        segment_g: take(parts, 4, hopper),
     }
 }

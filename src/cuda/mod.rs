@@ -2,21 +2,33 @@
 
 mod chunkwise;
 mod driver;
+mod hopper;
 mod layout;
 mod modules;
 mod params;
 mod step;
 
-pub(crate) use chunkwise::{backward, forward};
+pub(crate) use chunkwise::backward;
+pub(crate) use driver::is_hopper;
 pub(crate) use step::step;
 
-use crate::dispatch::Plan;
+use crate::dispatch::{Engine, Plan};
 use crate::error::Result;
+use crate::ops::Fw;
 use crate::problem::{Op, Problem};
+use crate::workspace::{Stream, Workspace};
 
 /// Loads the device's kernels.
 pub(crate) fn preload(device_index: i32) -> Result<()> {
     driver::device(device_index).map(|_| ())
+}
+
+/// Enqueues a forward.
+pub(crate) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
+    match plan.engine {
+        Engine::Hopper => hopper::forward(call, plan, workspace, stream),
+        Engine::Cpu | Engine::Cuda => chunkwise::forward(call, plan, workspace, stream),
+    }
 }
 
 /// Bytes of workspace; the same on every device.

@@ -86,6 +86,8 @@ pub(super) struct Args {
     pub(super) cu_seqlens_stride: i64,
     pub(super) cu_seqlens_wide: i64,
     pub(super) buffers: Buffers,
+    pub(super) segments: i32,
+    pub(super) segment_grid: i32,
 }
 
 /// The workspace's part of `mlstm::Args`.
@@ -113,9 +115,27 @@ pub(super) struct Buffers {
     pub(super) k_dk: Pointer,
     pub(super) e: Pointer,
     pub(super) e_first: Pointer,
+    pub(super) packed: Pointer,
+    pub(super) segment_c: Pointer,
+    pub(super) segment_n: Pointer,
+    pub(super) segment_g: Pointer,
 }
 
-const _: () = assert!(size_of::<Args>() == 1112, "kernels/params.cuh has the same size");
+const _: () = assert!(size_of::<Args>() == 1152, "kernels/params.cuh has the same size");
+
+/// `mlstm::TensorMap`: a tensor as the copy engine sees it.
+pub(super) type TensorMap = cudarc::driver::sys::CUtensorMap;
+
+/// `mlstm::HopperArgs`.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub(super) struct HopperArgs {
+    pub(super) q: TensorMap,
+    pub(super) k: TensorMap,
+    pub(super) v: TensorMap,
+    pub(super) h: TensorMap,
+    pub(super) args: Args,
+}
 
 /// `mlstm::RowIndex`.
 #[repr(C)]

@@ -1,0 +1,38 @@
+//! The launch sequences of the kernels for the H100 and H200 (`kernels/*_sm90.cu`).
+
+use super::chunkwise::{self, Run};
+use super::driver;
+use super::layout::{ceil_div, padded_dhqk};
+use super::params::HopperArgs;
+use crate::dispatch::{self, Plan};
+use crate::error::Result;
+use crate::ops::Fw;
+use crate::workspace::{Stream, Workspace};
+
+/// Enqueues a forward.
+pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
+    let (p, t) = (&call.problem, &call.tensors);
+    let args = chunkwise::forward_args(call, plan, workspace)?;
+    let run = Run { device: driver::device(p.device_index)?, stream, problem: p, args };
+    let (dhqk, columns) = (padded_dhqk(p), dispatch::hopper_columns(p));
+    let shape = format!("{}_{dhqk}x{columns}", run.data());
+    let blocks = run.heads() * ceil_div(p.dhhv, columns);
+    let mut hopper = HopperArgs {
+        q: driver::tensor_map(&t.q, dhqk / 64)?,
+        k: driver::tensor_map(&t.k, 1)?,
+        v: driver::tensor_map(&t.v, columns / 64)?,
+        h: driver::tensor_map(&t.h, 1)?,
+        args,
+    };
+    run.device.enqueue(|| {
+        run.packed_gates()?;
+        if plan.segments > 1 {
+            hopper.args.segment_grid -= 1;
+            let name = format!("hopper_segments_{shape}");
+            run.device.launch(stream, &name, blocks * (plan.segments - 1), false, &hopper)?;
+            hopper.args.segment_grid += 1;
+        }
+        let name = format!("hopper_forward_{shape}");
+        run.device.launch(stream, &name, blocks * plan.segments, false, &hopper)
+    })
+}

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Problems that the kernels for the H100 and H200 take, against float64."""
+
+import mlstm_c
+import pytest
+import torch
+from cases import Case, check
+from test_chunkwise import swapped
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="no H100 or H200",
+)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(
+    "dims",
+    [(64, 64), (64, 128), (128, 64), (128, 192), (192, 128), (256, 64), (256, 512), (64, 1024)],
+)
+def test_dims(dtype, dims):
+    check(Case(dtype=dtype, s=200, dhqk=dims[0], dhhv=dims[1], b=2, seed=dims[0]))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (256, 128)])
+@pytest.mark.parametrize("s", [1, 2, 7, 63, 64, 65, 127, 128, 129, 192, 1000])
+def test_lengths(s, dims):
+    check(Case(dtype=BF16, s=s, dhqk=dims[0], dhhv=dims[1], seed=s))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sigmoid": True},
+        {"sigmoid": True, "normalize": False},
+        {"eps": 0.0},
+        {"eps": 0.3},
+        {"qk_scale": -0.7},
+        {"initial": False, "last": False},
+        {"initial": False},
+        {"last": False},
+        {"i_bias": -10.0, "f_bias": 3.0},
+        {"gate_dtype": F32},
+        {"state_dtype": BF16},
+        {"state_dtype": F16},
+        {"form": "parallel"},
+    ],
+    ids=str,
+)
+def test_options(dtype, options):
+    check(Case(dtype=dtype, s=193, dhqk=128, dhhv=128, **options))
+
+
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("s", [2048, 4000, 8192])
+def test_segments(s, initial):
+    """Few heads and long sequences: parts of a sequence run side by side."""
+    check(Case(dtype=BF16, b=1, nh=2, s=s, dhqk=64, dhhv=128, initial=initial, f_bias=4.0))
+
+
+VARLEN = [
+    [0, 15, 100, 300, 1200, 2000],
+    [0, 0, 1, 1, 65, 65, 193, 321, 321],
+    [0, 64, 128, 256],
+    [0, 3000, 3010, 7000],
+]
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (256, 128)])
+@pytest.mark.parametrize("offsets", VARLEN, ids=str)
+def test_packed(offsets, dims):
+    check(
+        Case(dtype=BF16, b=1, s=offsets[-1], cu_seqlens=offsets, dhqk=dims[0], dhhv=dims[1], nh=1)
+    )
+
+
+def test_packed_sequences_do_not_touch_each_other():
+    case = Case(dtype=BF16, b=1, s=300, cu_seqlens=[0, 70, 170, 300], dhqk=64, dhhv=128)
+    inputs = case.inputs()
+    clean = case.run("cuda", inputs, backward=False)
+    dirty = {name: t.clone() for name, t in inputs.items()}
+    for name in ("q", "k", "v"):
+        dirty[name][:, :, 70:170] = float("nan")
+    got = case.run("cuda", dirty, backward=False)
+    for part in (slice(0, 70), slice(170, 300)):
+        assert torch.equal(got["h"][:, :, part], clean["h"][:, :, part])
+
+
+def test_strides():
+    check(Case(dtype=BF16, s=193, dhqk=128, dhhv=256), prepare=swapped)
+
+
+def test_resets_forget_everything():
+    case = Case(dtype=BF16, s=200, dhqk=64, dhhv=64)
+    inputs = case.inputs()
+    inputs["f"][:, :, 70] = float("-inf")
+    inputs["c_initial"][:] = float("nan")
+    got = case.run("cuda", inputs, backward=False)
+    assert got["h"][:, :, 70:].isfinite().all()
+    assert got["c_last"].isfinite().all()
+
+
+@pytest.mark.parametrize("gate", ["f", "i"])
+@pytest.mark.parametrize("value", [1000.0, -1000.0, float("-inf"), 80.0])
+def test_extreme_gates(gate, value):
+    case = Case(dtype=BF16, s=200, dhqk=64, dhhv=128, initial=False)
+    inputs = case.inputs()
+    inputs[gate][:, :, 30:190:7] = value
+    check(case, inputs)
+
+
+def test_agrees_with_the_generic_engine():
+    case = Case(dtype=BF16, s=1000, dhqk=256, dhhv=256)
+    other = Case(dtype=BF16, s=1000, dhqk=256, dhhv=256, flags=mlstm_c.GENERIC_ENGINE)
+    inputs = case.inputs()
+    got, wanted = (x.run("cuda", inputs, backward=False) for x in (case, other))
+    for name, reference in wanted.items():
+        error = (got[name].double() - reference.double()).norm() / reference.double().norm()
+        assert error < 6e-3, name
+        assert not (name == "h" and error == 0), "both ran on the same engine"
+
+
+def test_repeats_bit_for_bit():
+    case = Case(dtype=BF16, b=1, nh=4, s=4096, dhqk=256, dhhv=256)
+    inputs = case.inputs()
+    first = case.run("cuda", inputs, backward=False)
+    for _ in range(5):
+        again = case.run("cuda", inputs, backward=False)
+        for name, wanted in first.items():
+            assert torch.equal(again[name], wanted), name
