@@ -26,10 +26,10 @@ TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 VENV := .venv
 PY := $(VENV)/bin/python
 # The last thing that setup builds.
-EXTENSION := bindings/python/mlstm/_lib/mlstm_torch.so
+EXTENSION := bindings/python/mlstm/_lib/mlstm_xla.so
 STAGE := $(abspath build/stage)
 REQUIREMENTS := bindings/python/requirements-dev.txt tests/requirements.txt
-C_FILES := $(wildcard bindings/*/*.cpp examples/c/*.[ch] examples/cpp/*.cpp examples/cpp/*.h \
+C_FILES := $(wildcard bindings/*/*.cpp xla_ffi/*.cpp examples/c/*.[ch] examples/cpp/*.cpp examples/cpp/*.h \
 	tests/c/*.[ch])
 # A Debian-like machine may lack pkg-config and cmake; the wheels stand in.
 TOOLS := PATH="$$PATH:$(abspath $(VENV))/bin" PKG_CONFIG_PATH="$(STAGE)/lib/pkgconfig"
@@ -45,7 +45,7 @@ help: ## this list
 # ---- Building ---------------------------------------------------------------------------------
 
 .PHONY: setup
-setup: $(EXTENSION) ## build everything: the library, ./.venv with torch, the Python package
+setup: $(EXTENSION) ## build everything: the library, ./.venv with torch and jax, the Python package
 
 # The kernels' compiler: the caller's ($NVCC, $CUDA_HOME or PATH), else NVIDIA's wheels. All five
 # of one version: by themselves they would come in versions that do not fit each other.
@@ -71,16 +71,16 @@ $(TARGET)/release/libmlstm.so: FORCE $(NVCC_READY)
 
 # The stamp lives in the venv, so that removing it starts afresh.
 $(VENV)/.requirements: $(REQUIREMENTS)
-	$(call heading,Python packages in $(VENV): torch is large and can take minutes)
+	$(call heading,Python packages in $(VENV): torch and jax are large and can take minutes)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 -m venv does not work: install it (Debian: apt install python3-venv)"; exit 1; }
 	$(PY) -m pip install --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
 	@touch $@
 
 $(EXTENSION): $(VENV)/.requirements $(TARGET)/release/libmlstm.so include/mlstm.h \
-		$(wildcard bindings/torch/*) pyproject.toml setup.py
-	$(call heading,PyTorch extension and Python package)
-	$(PY) bindings/torch/build.py --library $(TARGET)/release/libmlstm.so
+		bindings/build.py $(wildcard bindings/torch/* xla_ffi/*) pyproject.toml setup.py
+	$(call heading,PyTorch and JAX extensions and Python package)
+	$(PY) bindings/build.py --library $(TARGET)/release/libmlstm.so
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
 
 .PHONY: header
@@ -111,7 +111,7 @@ stage: lib
 # ---- Testing ----------------------------------------------------------------------------------
 
 .PHONY: test
-test: setup check test-rust test-abi test-c test-install test-readme test-python ## all tests
+test: setup check test-rust test-abi test-c test-install test-readme test-python test-jax ## all tests
 
 .PHONY: check
 check: $(VENV)/.requirements $(NVCC_READY) ## formatting and lints
@@ -160,6 +160,11 @@ test-readme: setup stage ## the README's C and Python
 test-python: setup ## Python tests
 	$(call heading,Python)
 	$(PY) -m pytest tests/python
+
+.PHONY: test-jax
+test-jax: setup ## JAX tests
+	$(call heading,JAX)
+	$(PY) -m pytest tests/jax
 
 .PHONY: test-gpu
 test-gpu: setup ## tests that need a GPU; not part of `test`

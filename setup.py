@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Packs the native files that bindings/torch/build.py has put into the package."""
+"""Packs the native files that bindings/build.py has put into the package."""
 
 import re
 import subprocess
@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent
 
 class BuildWithNativeFiles(build_py):
     def run(self):
-        if not (ROOT / "bindings/python/mlstm/_lib/mlstm_torch.so").exists():
+        if not list((ROOT / "bindings/python/mlstm/_lib").glob("mlstm_*.so")):
             subprocess.run(["cargo", "build", "--release"], cwd=ROOT, check=True)
-            subprocess.run([sys.executable, "bindings/torch/build.py"], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, "bindings/build.py"], cwd=ROOT, check=True)
         super().run()
 
 

@@ -75,6 +75,14 @@ assert torch.allclose(h, torch.ones(1, 1, 3, 4)), h
 print("works")
 """
 
+JAX_SMOKE = """
+import jax.numpy as jnp
+from mlstm.jax.chunkwise import mlstm_chunkwise__xl_chunk
+h = mlstm_chunkwise__xl_chunk(*[jnp.ones((1, 1, 3, 4))] * 3, *[jnp.zeros((1, 1, 3))] * 2)
+assert jnp.allclose(h, 1), h
+print("works")
+"""
+
 
 def run_python(code, **environment):
     result = subprocess.run(
@@ -104,10 +112,11 @@ def test_wheel(tmp_path):
     target = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
-    for name in ("libmlstm.so.0", "mlstm_torch.so", "include/mlstm.h"):
+    for name in ("libmlstm.so.0", "mlstm_torch.so", "mlstm_xla.so", "include/mlstm.h"):
         assert (target / "mlstm/_lib" / name).exists()
     check = f"import mlstm; assert mlstm.__file__.startswith({str(target)!r}), mlstm.__file__\n"
-    assert run_python(check + SMOKE, PYTHONPATH=str(target), PATH="/none") == "works"
+    for smoke in (SMOKE, JAX_SMOKE):
+        assert run_python(check + smoke, PYTHONPATH=str(target), PATH="/none") == "works"
 
 
 # How a program compiles the operators by itself, against an installed libmlstm.

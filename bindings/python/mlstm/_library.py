@@ -8,7 +8,7 @@ _LIB = Path(__file__).parent / "_lib"
 
 
 def library_dir() -> str:
-    """The folder of libmlstm.so.0 (and of mlstm_torch.so, the PyTorch extension)."""
+    """The folder of libmlstm.so.0, and of what mlstm.torch and mlstm.jax load."""
     return str(_LIB)
 
 
@@ -27,7 +27,7 @@ def native(name: str) -> str:
     if not path.exists():
         raise ImportError(
             f"{path} is missing. In a source tree, run `cargo build --release` and then "
-            "`python bindings/torch/build.py`."
+            "`python bindings/build.py`."
         )
     return str(path)
 

@@ -3,7 +3,8 @@
 
 import torch
 
-from mlstm.torch._kernels import ignore_tuning, sequence
+from mlstm._tuning import ignore_tuning
+from mlstm.torch._kernels import sequence
 
 
 def mlstm_chunkwise__xl_chunk(

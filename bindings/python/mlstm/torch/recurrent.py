@@ -3,7 +3,8 @@
 
 import torch
 
-from mlstm.torch._kernels import ignore_tuning, sequence, step
+from mlstm._tuning import ignore_tuning
+from mlstm.torch._kernels import sequence, step
 from mlstm.torch._ops import gates_as_accepted
 
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The targets as xla_ffi/README.md documents them, called without the Python package."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from arrays import assert_same_bits, inputs
+
+import mlstm
+from mlstm.jax.chunkwise import mlstm_chunkwise__xl_chunk
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "xla_ffi" / "README.md"
+
+
+def test_the_documents_example():
+    """The block runs as it stands, with no package but jax."""
+    code = DOCUMENT.read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("/path/to", mlstm.library_dir())
+    code += textwrap.dedent(
+        """
+        import sys
+        assert "mlstm" not in sys.modules
+        print(h.shape, h.dtype)
+        """
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd="/"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[-2] == "(1, 2, 100, 32) float32"
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.fixture
+def tensors(rng):
+    return inputs(rng)
+
+
+@pytest.mark.parametrize("target", ["mlstm_chunkwise_fw", "mlstm_chunkwise_fw_graph"])
+def test_trailing_operands_and_results_may_be_left_out(target, tensors):
+    (h,) = jax.ffi.ffi_call(target, [shape(2, 2, 65, 24)])(*tensors.values())
+    assert_same_bits(h, mlstm_chunkwise__xl_chunk(**tensors, chunk_size=None))
+
+
+def test_workspace_as_a_result(tensors):
+    absent = shape(0, dtype=jnp.bool_)
+    types = [shape(2, 2, 65, 24), *[absent] * 5, shape(2**20, dtype=jnp.uint8)]
+    h = jax.ffi.ffi_call("mlstm_chunkwise_fw_graph", types)(*tensors.values())[0]
+    assert_same_bits(h, mlstm_chunkwise__xl_chunk(**tensors, chunk_size=None))
+    types[-1] = shape(8, dtype=jnp.uint8)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="workspace"):
+        jax.ffi.ffi_call("mlstm_chunkwise_fw_graph", types)(*tensors.values())
+
+
+@pytest.mark.parametrize(
+    "extra, results, attributes, message",
+    [
+        ([], 1, {"flagz": 1}, "attributes: expected none but flags, .*, got 1 others"),
+        ([], 1, {"flags": 0.5}, "flags: .*expected S64 but got F64"),
+        ([], 1, {"flags": 2**20}, "flags: this library does not know"),
+        ([], 1, {"gate": 7}, "gate: expected"),
+        ([0.0] * 5, 1, {}, "operands: expected at most 9, got 10"),
+        ([], 8, {}, "results: expected at most 7, got 8"),
+    ],
+)
+def test_refusals(extra, results, attributes, message, tensors):
+    call = jax.ffi.ffi_call("mlstm_chunkwise_fw", [shape(2, 2, 65, 24)] * results)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        call(*tensors.values(), *map(jnp.float32, extra), **attributes)
+
+
+def test_too_few_operands(tensors):
+    call = jax.ffi.ffi_call("mlstm_chunkwise_fw", [shape(2, 2, 65, 24)])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="i: expected"):
+        call(*list(tensors.values())[:3])
