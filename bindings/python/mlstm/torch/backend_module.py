@@ -1,45 +1,14 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """A module that picks the kernel for training, prefill and generation."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
+from mlstm._backend_config import mLSTMBackendConfig
 from mlstm.torch import get_mlstm_kernel, get_mlstm_sequence_kernel, get_mlstm_step_kernel
 from mlstm.torch._kernels import step
 
-_MODES = ("train", "train_with_padding", "inference")
-
-
-@dataclass
-class mLSTMBackendConfig:  # noqa: N801, the name in `mlstm_kernels`
-    """Configuration of `mLSTMBackend`."""
-
-    chunkwise_kernel: str = "chunkwise--xl_chunk"
-    """Kernel for sequences, one of `get_available_mlstm_kernels()`."""
-    sequence_kernel: str = "recurrent_sequence"
-    """Accepted and checked; not needed, since every kernel takes every length."""
-    step_kernel: str = "step"
-    """Kernel for single tokens in inference."""
-    mode: str = "train"
-    """"train"; "train_with_padding", the same here, since no length needs padding; "inference"."""
-    chunk_size: int = 64
-    """Tokens per chunk, a hint."""
-    return_last_states: bool = True
-    """Whether training returns the last states; inference always does."""
-    autocast_kernel_dtype: str = "bfloat16"
-    """dtype that q, k, v take where autocast is enabled."""
-    eps: float = 1e-6
-    """Added to the denominator."""
-    inference_state_dtype: str = "float32"
-    """dtype of the c state in inference."""
-    normalize_siging: bool = True
-    """`normalize` of the kernels with the sigmoid input gate."""
-
-    def __post_init__(self):
-        """Raises ValueError for a mode that does not exist."""
-        _check_mode(self.mode)
+__all__ = ["mLSTMBackend", "mLSTMBackendConfig"]
 
 
 class mLSTMBackend(nn.Module):  # noqa: N801, the name in `mlstm_kernels`
@@ -59,7 +28,7 @@ class mLSTMBackend(nn.Module):  # noqa: N801, the name in `mlstm_kernels`
         get_mlstm_sequence_kernel(config.sequence_kernel)
         get_mlstm_step_kernel(config.step_kernel)
         self._siging = {}
-        if "siging" in config.chunkwise_kernel:
+        if config.siging:
             self._siging = {"normalize": config.normalize_siging}
 
     def forward(
@@ -82,9 +51,7 @@ class mLSTMBackend(nn.Module):  # noqa: N801, the name in `mlstm_kernels`
         `mode` and `return_last_states` override the configuration where given.
         """
         config = self.config
-        mode = mode or config.mode
-        _check_mode(mode)
-        inference = mode == "inference"
+        inference = config.inference(mode)
         state_dtype = getattr(torch, config.inference_state_dtype) if inference else None
         if inference:
             return_last_states = True
@@ -130,8 +97,3 @@ class mLSTMBackend(nn.Module):  # noqa: N801, the name in `mlstm_kernels`
     def extra_repr(self) -> str:
         """The configuration."""
         return str(self.config)
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in _MODES:
-        raise ValueError(f"mode {mode!r} is unknown; there are {', '.join(_MODES)}")
