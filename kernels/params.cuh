@@ -79,7 +79,6 @@ enum Flags : int32_t {
   kExponential = 1,  // exponential input gate with stabiliser m (else sigmoid)
   kNormalize = 2,    // h is divided by the denominator
   kDetach = 4,       // the gradient leaves out the denominator's part
-  kAllowTf32 = 8,    // float32 products may be rounded to TF32
 };
 
 // (B, NH, S, D) of the data's type with dense D; strides in elements. Gate-like tensors

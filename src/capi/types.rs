@@ -79,8 +79,9 @@ pub const MLSTM_FLAG_NO_NORMALIZE: u32 = 1;
 pub const MLSTM_FLAG_DETACH_DENOMINATOR: u32 = 2;
 /// eps is really 0 (a zero in the field means its default, 1e-6).
 pub const MLSTM_FLAG_NO_EPS: u32 = 4;
-/// Float32 matrix products may be rounded to TF32 (relative errors near 1e-3); ignored where there
-/// is nothing to gain: other dtypes, the CPU, a step. The default keeps them within 1e-5.
+/// Float32 matrix products may be rounded to TF32: relative errors near 5e-4, larger in gradients of
+/// tokens whose denominator is close to its floor. Ignored where there is nothing to gain: other
+/// dtypes, the CPU, a step. The default keeps errors within 1e-5.
 pub const MLSTM_FLAG_ALLOW_TF32: u32 = 8;
 /// Take the portable engine even where one for the device at hand fits the problem, to compare
 /// them; `mlstm_query` wants the same flag.
