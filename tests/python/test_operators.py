@@ -3,6 +3,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,9 @@ from reference import (
 )
 
 OPS = torch.ops.mlstm
+NEEDS_COMPILER = pytest.mark.skipif(
+    not (shutil.which("g++") and shutil.which("gcc")), reason="Inductor needs a compiler"
+)
 
 
 def only_tensors(inputs):
@@ -120,7 +124,7 @@ def train(kernel, inputs):
     [
         ("aot_eager", False),
         ("aot_eager", True),
-        pytest.param("inductor", True, marks=pytest.mark.slow),
+        pytest.param("inductor", True, marks=[pytest.mark.slow, NEEDS_COMPILER]),
     ],
 )
 def test_compile_fullgraph(backend, dynamic, device):
