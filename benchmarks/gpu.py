@@ -117,6 +117,8 @@ class Run:
         for peer in TRITON_PEERS:
             kinds = {case.shape_name: case for case in self.plan.get(peer, [])}
             queue += [self.request(peer, case, warm_only=True) for case in kinds.values()]
+        if not queue:
+            return
         bar = tqdm(total=len(queue), unit="shape", desc="compiling the peers", file=sys.stderr)
 
         def work() -> None:
