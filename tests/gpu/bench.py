@@ -101,6 +101,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=["step", *SHAPES])
     parser.add_argument("--profile", action="store_true", help="time of each kernel")
+    parser.add_argument("--dtype", default="bfloat16", help="of the sequences' data")
+    parser.add_argument("--flags", type=int, default=0, help="MLSTM_FLAG_* of the sequences")
     arguments = parser.parse_args()
     options_profile = arguments.profile
     for what in arguments.what:
@@ -110,4 +112,4 @@ if __name__ == "__main__":
             step(16, s=4)
             step(128, state=torch.bfloat16)
         else:
-            sequence(what, torch.bfloat16)
+            sequence(what, getattr(torch, arguments.dtype), flags=arguments.flags)
