@@ -24,7 +24,8 @@ FLOOR_CHUNK = 128  # the chunk length that the floor's arithmetic assumes
 # Not a peer but ourselves, with the kernels for every GPU where others would be taken.
 GENERIC = "generic_engine"
 SEQUENCE_PEERS = ("xl_chunk128", "limit_chunk64", "xl_chunk128_siging")
-TRITON_PEERS = ("limit_headdim", *SEQUENCE_PEERS, "fla_simple_gla", "triton_step")
+# Those that try many configurations take longest to compile and start first.
+TRITON_PEERS = ("fla_simple_gla", "limit_headdim", *SEQUENCE_PEERS, "triton_step")
 # What matters most comes first, in case time runs out.
 PEERS = ("xl_chunk128", GENERIC, "triton_step", "limit_headdim", "sdpa", "limit_chunk64")
 PEERS += ("xl_chunk128_siging", "fla_simple_gla")
