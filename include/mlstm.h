@@ -85,6 +85,13 @@
 #define MLSTM_FLAG_GENERIC_ENGINE 16
 
 /**
+ * For `mlstm_query`: the rows of q, k, v, h and their gradients will start at
+ * multiples of 16 bytes and have strides above 0. Calls on tensors that do not keep it may then
+ * need more workspace than the query said, and fail.
+ */
+#define MLSTM_FLAG_ALIGNED 32
+
+/**
  * Result of a call; `MLSTM_OK` is 0. `mlstm_last_error` has the message.
  */
 typedef int32_t mlstm_status;

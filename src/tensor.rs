@@ -148,7 +148,8 @@ impl View {
         let item = self.dtype.size() as i64;
         let rows = self.strides().iter().take(self.rank.saturating_sub(1));
         (self.data as usize).is_multiple_of(16)
-            && rows.into_iter().all(|stride| (stride * item) % 16 == 0)
+            // Exact even where the product wraps: 2^64 is a multiple of 16.
+            && rows.into_iter().all(|stride| stride.wrapping_mul(item) % 16 == 0)
     }
 
     /// Whether a GPU's copy engine can take its rows: aligned ones, ahead of each other and not too
@@ -161,7 +162,6 @@ impl View {
                 size <= 1 || (stride > 0 && stride.saturating_mul(item) < 1 << 40)
             })
     }
-
 
     /// Whether both are the same elements at the same place.
     pub(crate) fn is_same(&self, other: &Self) -> bool {

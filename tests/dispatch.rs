@@ -11,7 +11,7 @@ fn spec(s: i64) -> ProblemSpec {
     ProblemSpec { b: 2, nh: 4, s, dhqk: 32, dhhv: 64, ..ProblemSpec::default() }
 }
 
-const NO_CUDA: Capabilities = Capabilities { has_cuda: false };
+const NO_CUDA: Capabilities = Capabilities { has_cuda: false, hopper: false };
 
 #[test]
 fn the_chunk_length_is_the_callers_or_ours_and_at_most_the_sequence() {
@@ -48,7 +48,7 @@ fn a_device_without_an_engine_gets_no_plan() {
 
 #[test]
 fn cuda_takes_the_chunk_lengths_its_kernels_have() {
-    let cuda = Capabilities { has_cuda: true };
+    let cuda = Capabilities { has_cuda: true, hopper: false };
     for (dtype, wanted, length) in [
         (DType::Bf16, 0, 128),
         (DType::F16, 64, 128),

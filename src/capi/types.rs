@@ -86,7 +86,7 @@ pub const MLSTM_FLAG_ALLOW_TF32: u32 = 8;
 /// Take the portable engine even where one for the device at hand fits the problem, to compare
 /// them; `mlstm_query` wants the same flag.
 pub const MLSTM_FLAG_GENERIC_ENGINE: u32 = 16;
-/// For [`mlstm_query`](super::mlstm_query): the rows of q, k, v, h and their gradients will start at
+/// For `mlstm_query`: the rows of q, k, v, h and their gradients will start at
 /// multiples of 16 bytes and have strides above 0. Calls on tensors that do not keep it may then
 /// need more workspace than the query said, and fail.
 pub const MLSTM_FLAG_ALIGNED: u32 = 32;

@@ -309,7 +309,7 @@ impl<'a> Breaks<'a> {
         if valid.gate == MLSTM_GATE_EXP {
             self.field("flags", "NO_NORMALIZE", |p| p.flags |= MLSTM_FLAG_NO_NORMALIZE);
         }
-        for bad in [32, 1 << 31, u32::MAX] {
+        for bad in [64, 1 << 31, u32::MAX] {
             self.field("flags", &bad.to_string(), |p| p.flags = bad).status = MLSTM_UNSUPPORTED;
         }
     }

@@ -183,7 +183,7 @@ fn run(case: &Case, d: &Data, level: Level, threads: usize, random: &Random) -> 
         m_last: given(m, &r.last[2]),
     };
     let op = if case.parallel { Op::ParallelFw } else { Op::ChunkwiseFw };
-    let plan = dispatch::plan(op, &p, Capabilities { has_cuda: false }).unwrap();
+    let plan = dispatch::plan(op, &p, Capabilities { has_cuda: false, hopper: false }).unwrap();
     let bytes = workspace_size(&p, &plan).unwrap();
     let mut memory = Poisoned::new(bytes);
     let workspace = memory.workspace(bytes);
@@ -217,7 +217,7 @@ fn run(case: &Case, d: &Data, level: Level, threads: usize, random: &Random) -> 
         dm_initial: given(states && m, &r.initial[2]),
     };
     let op = if case.parallel { Op::ParallelBw } else { Op::ChunkwiseBw };
-    let plan = dispatch::plan(op, &p, Capabilities { has_cuda: false }).unwrap();
+    let plan = dispatch::plan(op, &p, Capabilities { has_cuda: false, hopper: false }).unwrap();
     let bytes = workspace_size(&p, &plan).unwrap();
     let mut memory = Poisoned::new(bytes);
     let workspace = memory.workspace(bytes);

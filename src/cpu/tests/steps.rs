@@ -159,7 +159,8 @@ fn run(
         num_tokens: view(&lists[2]),
         h: h.view(),
     };
-    let plan = dispatch::plan(Op::Step, &p, Capabilities { has_cuda: false }).unwrap();
+    let plan =
+        dispatch::plan(Op::Step, &p, Capabilities { has_cuda: false, hopper: false }).unwrap();
     let bytes = workspace_size(&p, &plan).unwrap();
     let mut memory = Poisoned::new(bytes);
     let workspace = memory.workspace(bytes);
