@@ -69,6 +69,17 @@ fn cuda_takes_the_chunk_lengths_its_kernels_have() {
 }
 
 #[test]
+fn the_generic_engine_can_be_asked_for() {
+    let hopper = Capabilities { has_cuda: true, hopper: true };
+    for (generic_engine, engine) in [(false, Engine::Hopper), (true, Engine::Cuda)] {
+        let (device, dtype) = (Device::Cuda, DType::Bf16);
+        let spec = ProblemSpec { device, dtype, dhqk: 64, generic_engine, ..spec(300) };
+        let problem = spec.validate(Op::ChunkwiseFw).unwrap();
+        assert_eq!(plan(Op::ChunkwiseFw, &problem, hopper).unwrap().engine, engine);
+    }
+}
+
+#[test]
 fn plans_print_themselves() {
     let problem = spec(128).validate(Op::ChunkwiseFw).unwrap();
     let plan = plan(Op::ChunkwiseFw, &problem, NO_CUDA).unwrap();
