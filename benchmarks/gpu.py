@@ -231,7 +231,8 @@ def main() -> None:
         from gpu_plots import draw
 
         options.plots.mkdir(parents=True, exist_ok=True)
-        draw([*results.rows.values()], results.machine, options.plots)
+        prefix = options.json.stem if options.json else "gpu"
+        draw([*results.rows.values()], results.machine, options.plots, prefix)
 
 
 if __name__ == "__main__":

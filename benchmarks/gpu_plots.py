@@ -73,7 +73,7 @@ def save(figure, machine, path):
     print(f"saved {path}")
 
 
-def draw(rows, machine, folder: Path, prefix: str = "gpu") -> None:
+def draw(rows, machine, folder: Path, prefix: str) -> None:
     """Draws all plots into a folder."""
     if any(row["shape_name"].startswith("7b") for row in rows):
         by_sequence_length(rows, machine, folder / f"{prefix}-length.png")
