@@ -176,6 +176,10 @@ test-gpu: setup ## tests that need a GPU; not part of `test`
 demo: setup ## train a small xLSTM and let it write
 	$(PY) examples/python/demo.py
 
+.PHONY: demo-jax
+demo-jax: setup ## the same in JAX
+	$(PY) examples/python/demo_jax.py
+
 .PHONY: bench
 bench: setup ## benchmarks on the CPU
 	$(PY) benchmarks/cpu.py

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import torch
-from torch import Tensor
+import numpy as np
 
 HELD_OUT_EVERY = 16
 """One document in so many is never trained on."""
@@ -60,12 +59,12 @@ def drop_repeats(documents: Iterator[str]) -> Iterator[str]:
             yield "\n\n".join(fresh).strip("\n") + "\n\n"
 
 
-def load(path: Path | None = None) -> tuple[Tensor, Tensor]:
-    """Training and held-out text as two uint8 tensors; Python's documentation by default."""
+def load(path: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Training and held-out text as two uint8 arrays; Python's documentation by default."""
     documents = list(drop_repeats(text_file(path) if path else python_documentation()))
 
-    def join(chosen: list[str]) -> Tensor:
-        return torch.frombuffer(bytearray("".join(chosen).encode()), dtype=torch.uint8)
+    def join(chosen: list[str]) -> np.ndarray:
+        return np.frombuffer("".join(chosen).encode(), dtype=np.uint8)
 
     if len(documents) <= HELD_OUT_EVERY:
         raise ValueError(f"{path}: {len(documents)} documents, more than {HELD_OUT_EVERY} needed")
@@ -74,22 +73,21 @@ def load(path: Path | None = None) -> tuple[Tensor, Tensor]:
     return join(train), join(held_out)
 
 
-def windows(data: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Inputs and next-byte targets, both (len(starts), length), beginning at `starts`."""
-    rows = data[starts[:, None] + torch.arange(length + 1)].long()
+def windows(data: np.ndarray, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and next-byte targets, int64 (len(starts), length), beginning at `starts`."""
+    rows = data[starts[:, None] + np.arange(length + 1)].astype(np.int64)
     return rows[:, :-1], rows[:, 1:]
 
 
 def random_windows(
-    data: Tensor, batch: int, length: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+    data: np.ndarray, batch: int, length: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """A training batch from random places."""
-    starts = torch.randint(len(data) - length, (batch,), generator=generator)
-    return windows(data, starts, length)
+    return windows(data, generator.integers(len(data) - length, size=batch), length)
 
 
-def even_windows(data: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
+def even_windows(data: np.ndarray, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """At most `count` windows without overlap, spread evenly: the same ones at every call."""
     count = min(count, (len(data) - 1) // length)
-    starts = torch.linspace(0, len(data) - 1 - length, count).long()
+    starts = np.linspace(0, len(data) - 1 - length, count).astype(np.int64)
     return windows(data, starts, length)

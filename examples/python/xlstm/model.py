@@ -12,56 +12,19 @@ Shapes: B batch, S sequence, D model width, NH heads, DHQK and DHHV head widths.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
 from mlstm.torch.backend_module import mLSTMBackend, mLSTMBackendConfig
 
+from .config import XLSTMConfig
+
 LayerState = tuple[Tensor, Tensor, Tensor]
 """What one layer remembers: c (B, NH, DHQK, DHHV), n (B, NH, DHQK), m (B, NH, 1)."""
 
 State = list[LayerState]
 """What the model remembers: one `LayerState` per block. Its size does not grow with the text."""
-
-
-@dataclass(frozen=True)
-class XLSTMConfig:
-    """Sizes and constants of an `XLSTM`."""
-
-    d_model: int = 128
-    n_blocks: int = 3
-    n_heads: int = 4
-    vocab_size: int = 256
-    qk_factor: float = 0.5
-    """Queries and keys are narrower than values: the state is half the size at the same quality."""
-    ffn_factor: float = 8 / 3
-    """Three matrices of this width cost as much as two of width 4 D."""
-    gate_cap: float = 15.0
-    logit_cap: float = 30.0
-    input_gate_bias: float = -10.0
-    """The memory starts almost closed and opens where that lowers the loss: no loss spikes."""
-    forget_gate_bias: tuple[float, float] = (3.0, 6.0)
-    """First and last head: a spread of time scales, from about 20 to about 400 bytes."""
-    norm_eps: float = 1e-6
-    chunk_size: int = 64
-
-    @property
-    def qk_head_dim(self) -> int:
-        """DHQK."""
-        return int(self.d_model * self.qk_factor) // self.n_heads
-
-    @property
-    def v_head_dim(self) -> int:
-        """DHHV."""
-        return self.d_model // self.n_heads
-
-    @property
-    def d_ffn(self) -> int:
-        """Hidden width of the feed-forward branch, a multiple of 64."""
-        return -(-int(self.d_model * self.ffn_factor) // 64) * 64
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
