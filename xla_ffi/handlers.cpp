@@ -11,6 +11,7 @@
 #include <initializer_list>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -250,7 +251,11 @@ template <auto implementation, mlstm_op op, auto function, bool recorded>
 Error on_cuda(ffi::RemainingArgs operands, ffi::RemainingRets results, ffi::Dictionary attributes,
               void* stream, int32_t device_index, ffi::ScratchAllocator scratch) {
   const auto allocate = [&](size_t size, size_t alignment) {
-    return recorded ? nullptr : scratch.Allocate(size, alignment).value_or(nullptr);
+    // XLA aligns to no more than 16 bytes on demand.
+    const std::optional<void*> memory =
+        recorded ? std::nullopt : scratch.Allocate(size + alignment - 1);
+    const auto address = reinterpret_cast<uintptr_t>(memory.value_or(nullptr));
+    return reinterpret_cast<void*>((address + alignment - 1) / alignment * alignment);
   };
   return implementation(
       {operands, results, attributes, MLSTM_DEVICE_CUDA, device_index, stream, allocate}, op,

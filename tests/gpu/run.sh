@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: MIT OR Apache-2.0
-# All GPU tests: correctness through the C ABI and through PyTorch, compute-sanitizer on a small
-# set, and a quick benchmark. Needs a GPU and python3 with torch, pytest and tqdm; no compiler and no
-# network. About 4 minutes on an H200.
+# All GPU tests: correctness through the C ABI, PyTorch and JAX, compute-sanitizer on a small
+# set, and a quick benchmark. Needs a GPU and python3 with torch, pytest and tqdm, and jax and flax for
+# what is about JAX; no compiler and no network. About 4 minutes on an H200.
 #
 #   tests/gpu/run.sh [mlstm-*.whl]    (without a wheel: the package built in this tree)
 #
@@ -29,6 +29,14 @@ heading 'C ABI on the GPU'
 heading 'PyTorch on the GPU'
 "$PYTHON" -m pytest -q -p no:cacheprovider -r fE -m gpu tests/python
 
+jax=$("$PYTHON" -c 'import jax; print(jax.devices("cuda")[0])' 2> /dev/null || true)
+if [[ -n $jax ]]; then
+  heading 'JAX on the GPU'
+  "$PYTHON" -m pytest -q -p no:cacheprovider -r fE -m gpu tests/jax
+else
+  heading 'JAX: not here, or not for the GPU'
+fi
+
 if [[ "${SANITIZE:-1}" != 0 ]]; then
   for tool in memcheck racecheck initcheck synccheck; do
     heading "compute-sanitizer $tool"
@@ -40,4 +48,5 @@ fi
 if [[ "${BENCH:-1}" != 0 ]]; then
   heading 'Benchmark'
   "$PYTHON" benchmarks/gpu.py --quick --budget 120
+  if [[ -n $jax ]]; then "$PYTHON" benchmarks/gpu_jax.py --only '^(small|step_b1) '; fi
 fi

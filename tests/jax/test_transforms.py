@@ -103,6 +103,15 @@ def test_vmap(axis, gradient, device, rng):
     assert_same_bits(got, mapped(kernel, 3, axis)(stacked))
 
 
+def test_vmap_is_one_call(rng):
+    """Not one for each row, nor a loop."""
+    tensors = stack([inputs(rng, s=17, states=True) for _ in range(3)])
+    for kernel, calls in ((chunkwise, 1), (squares(chunkwise), 2)):
+        text = jax.jit(jax.vmap(kernel)).lower(tensors).as_text()
+        assert text.count("custom_call @mlstm_chunkwise_") == calls
+        assert "stablehlo.while" not in text
+
+
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 def test_vmap_of_some(gradient, rng):
     """Operands that are not mapped belong to every row."""

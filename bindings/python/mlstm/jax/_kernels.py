@@ -145,9 +145,11 @@ def as_accepted(tensors, states, dtype_state=None, autocast_kernel_dtype=None):
 def _vary_alike(tensors):
     """Under shard_map, arrays that all count as different from device to device. The cast makes the
     gradient of one that is not a sum over devices."""
-    varying = frozenset().union(*(jax.typeof(x).mat.varying for x in tensors.values()))
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in tensors.values()))
     return {
-        name: jax.lax.pcast(x, tuple(varying - jax.typeof(x).mat.varying), to="varying")
+        name: jax.lax.pcast(
+            x, tuple(varying - jax.typeof(x).manual_axis_type.varying), to="varying"
+        )
         for name, x in tensors.items()
     }
 

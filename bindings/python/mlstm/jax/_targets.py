@@ -133,13 +133,14 @@ def _vary_like(operand, types):
     that does."""
     typ = jax.typeof(operand)
     nothing = jnp.zeros(0, jnp.bool_)
-    if not typ.mat.varying:
+    if not typ.manual_axis_type.varying:
         return types, nothing
     where = dict(
-        sharding=NamedSharding(typ.sharding.mesh, PartitionSpec()), manual_axis_type=typ.mat
+        sharding=NamedSharding(typ.sharding.mesh, PartitionSpec()),
+        manual_axis_type=typ.manual_axis_type,
     )
     types = [jax.ShapeDtypeStruct(t.shape, t.dtype, **where) for t in types]
-    return types, jax.lax.pcast(nothing, tuple(typ.mat.varying), to="varying")
+    return types, jax.lax.pcast(nothing, tuple(typ.manual_axis_type.varying), to="varying")
 
 
 def _sizes(call, operands):
@@ -153,7 +154,9 @@ def _sizes(call, operands):
 
 
 def _type(call, name, operands, sizes):
-    like = name.removeprefix("d")[0]
+    if call.kind == "bw":
+        return jax.ShapeDtypeStruct(operands[name[1:]].shape, operands[name[1:]].dtype)
+    like = name[0]
     if like == "c":
         dtype = call.state_dtype
     elif like in "nm":
@@ -177,7 +180,10 @@ class _Problem(ctypes.Structure):
 
 
 class _Requirements(ctypes.Structure):
-    _fields_ = [("struct_size", ctypes.c_size_t), ("workspace_size", ctypes.c_size_t)]
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in "struct_size workspace_size alignment".split()),
+        *((name, ctypes.c_int64) for name in "chunk_size num_chunks".split()),
+    ]
 
 
 def _workspace_size(call, operands, sizes, device):
