@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include <mlstm.h>
 #include <xla/ffi/api/ffi.h>
@@ -105,6 +106,13 @@ Integer clamped(int64_t value) {
   return static_cast<Integer>(std::clamp<int64_t>(value, Limits::min(), Limits::max()));
 }
 
+// A (B, S, NH, ...) array as (B, NH, S, ...).
+void put_heads_first(mlstm_tensor& t) {
+  if (t.rank < 3) return;
+  std::swap(t.shape[1], t.shape[2]);
+  std::swap(t.stride[1], t.stride[2]);
+}
+
 // What a call gets from XLA.
 struct Call {
   ffi::RemainingArgs operands;
@@ -122,10 +130,12 @@ struct Call {
     return error.failure() ? error : bind(outputs, "results", results.size(), result);
   }
 
-  // The problem that the attributes and the tensors describe.
+  // The problem that the attributes and the tensors describe. `tokens` are the arrays over tokens,
+  // put in the library's order if they are in another.
   Error describe(const mlstm_tensor& q, const mlstm_tensor& v, const mlstm_tensor& i,
-                 mlstm_problem& p) const {
+                 Members tokens, mlstm_problem& p) const {
     int64_t flags = 0, gate = 0, chunk_size = 0;
+    bool tokens_first = false;
     size_t known = 0;
     Error error;
     const auto read = [&](const char* name, auto& value) {
@@ -143,11 +153,16 @@ struct Call {
     read("chunk_size", chunk_size);
     read("qk_scale", p.qk_scale);
     read("eps", p.eps);
+    read("tokens_first", tokens_first);
     if (error.failure()) return error;
     if (known != attributes.size()) {
       return Error::InvalidArgument(
-          "attributes: expected none but flags, gate, chunk_size, qk_scale and eps, got " +
+          "attributes: expected none but flags, gate, chunk_size, qk_scale, eps and "
+          "tokens_first, got " +
           std::to_string(attributes.size() - known) + " others");
+    }
+    if (tokens_first) {
+      for (mlstm_tensor* t : tokens) put_heads_first(*t);
     }
     p.struct_size = sizeof(p);
     p.b = size_or_one(q, 0);
@@ -194,7 +209,8 @@ Error forward(const Call& call, mlstm_op op, mlstm_status (*function)(const mlst
   Error error = call.bind_all(
       {&a.q, &a.k, &a.v, &a.i, &a.f, &a.c_initial, &a.n_initial, &a.m_initial, &a.cu_seqlens},
       {&a.h, &a.n, &a.m, &a.c_last, &a.n_last, &a.m_last, &workspace});
-  if (error.success()) error = call.describe(a.q, a.v, a.i, p);
+  if (error.success())
+    error = call.describe(a.q, a.v, a.i, {&a.q, &a.k, &a.v, &a.i, &a.f, &a.h, &a.n, &a.m}, p);
   if (error.failure()) return error;
   p.state_dtype = a.c_initial.rank > 0 ? a.c_initial.dtype : a.c_last.dtype;
   if (a.cu_seqlens.rank > 0) p.num_seqs = a.cu_seqlens.shape[0] - 1;
@@ -209,7 +225,11 @@ Error backward(const Call& call, mlstm_op op, mlstm_status (*function)(const mls
       {&a.q, &a.k, &a.v, &a.i, &a.f, &a.c_initial, &a.n_initial, &a.m_initial, &a.cu_seqlens, &a.h,
        &a.n, &a.m, &a.dh, &a.dc_last, &a.dn_last, &a.dm_last},
       {&a.dq, &a.dk, &a.dv, &a.di, &a.df, &a.dc_initial, &a.dn_initial, &a.dm_initial, &workspace});
-  if (error.success()) error = call.describe(a.q, a.v, a.i, p);
+  if (error.success())
+    error = call.describe(
+        a.q, a.v, a.i,
+        {&a.q, &a.k, &a.v, &a.i, &a.f, &a.h, &a.n, &a.m, &a.dh, &a.dq, &a.dk, &a.dv, &a.di, &a.df},
+        p);
   if (error.failure()) return error;
   p.state_dtype = a.c_initial.rank > 0 ? a.c_initial.dtype : a.dc_last.dtype;
   if (a.cu_seqlens.rank > 0) p.num_seqs = a.cu_seqlens.shape[0] - 1;
@@ -223,7 +243,8 @@ Error step(const Call& call, mlstm_op op, mlstm_status (*function)(const mlstm_s
   Error error = call.bind_all({&a.q, &a.k, &a.v, &a.i, &a.f, &a.c, &a.n, &a.m, &a.src_slots,
                                &a.dst_slots, &a.has_state, &a.num_tokens, &padding},
                               {&a.h, &a.c_dst, &a.n_dst, &a.m_dst, &workspace});
-  if (error.success()) error = call.describe(a.q, a.v, a.i, p);
+  if (error.success())
+    error = call.describe(a.q, a.v, a.i, {&a.q, &a.k, &a.v, &a.i, &a.f, &a.h}, p);
   if (error.failure()) return error;
   p.state_dtype = a.c.dtype;
   p.num_slots = size_or_one(a.c, 0);

@@ -51,6 +51,12 @@ def test_trailing_operands_and_results_may_be_left_out(tensors):
     assert_same_bits(h, mlstm_chunkwise__xl_chunk(**tensors, chunk_size=None))
 
 
+def test_tokens_first(tensors):
+    call = jax.ffi.ffi_call("mlstm_chunkwise_fw", [shape(2, 65, 2, 24)])
+    (h,) = call(*(x.swapaxes(1, 2) for x in tensors.values()), tokens_first=True)
+    assert_same_bits(h.swapaxes(1, 2), mlstm_chunkwise__xl_chunk(**tensors, chunk_size=None))
+
+
 @pytest.mark.parametrize("target", ["mlstm_chunkwise_fw", "mlstm_chunkwise_fw_graph"])
 def test_workspace_as_a_result(target, tensors):
     absent = shape(0, dtype=jnp.bool_)
@@ -74,7 +80,7 @@ def test_recorded_calls_take_no_scratch_memory(device, tensors):
 @pytest.mark.parametrize(
     "extra, results, attributes, message",
     [
-        ([], 1, {"flagz": 1}, "attributes: expected none but flags, .*, got 1 others"),
+        ([], 1, {"flagz": 1}, "attributes: expected none but flags, .* tokens_first, got 1 others"),
         ([], 1, {"flags": 0.5}, "flags: .*expected S64 but got F64"),
         ([], 1, {"flags": 2**20}, "flags: this library does not know"),
         ([], 1, {"gate": 7}, "gate: expected"),

@@ -76,6 +76,12 @@ def test_sequences(name, layout, axis_type, tensors):
     assert_local(forward_and_gradient(kernel), mesh, (tensors, incoming), spec)
 
 
+def test_layout(tensors):
+    kernel = call(get_mlstm_kernel("chunkwise--xl_chunk"), layout="BSHD")
+    function = forward_and_gradient(kernel)
+    assert_local(function, mesh_of(("x", "y")), (tensors, kernel(tensors)), P("x", "y"))
+
+
 def test_in_a_mesh_that_is_set(axis_type, tensors):
     mesh = mesh_of(("x", "y"), axis_type)
     kernel = call(get_mlstm_kernel("chunkwise--xl_chunk"))

@@ -258,3 +258,41 @@ def test_slots_without_state_are_not_read(device, rng):
         assert_same_bits(x[0], pools[k][0])
     h, states = mlstm_recurrent_step_slots(**tensors, **dirty, src_slots=jnp.array([-1, -1]))
     assert_same_bits((h, states), (jnp.zeros_like(h), tuple(dirty.values())))
+
+
+# ---- layouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chunkwise--xl_chunk", "parallel--limit_headdim"])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 5, 5, 17]], ids=["rows", "packed"])
+def test_layout_changes_no_bit(name, cu_seqlens, rng):
+    packed = {} if cu_seqlens is None else {"cu_seqlens": jnp.array(cu_seqlens)}
+    tensors = [inputs(rng, b=1, s=17, states=True, rows=3 if packed else 1) for _ in range(2)]
+    for mapped, x in ((jax.vmap, stack(tensors)), (lambda f: f, tensors[0])):
+        wanted, got = (
+            mapped(squares(call(get_mlstm_kernel(name), return_last_states=True, **options)))(x)
+            for options in (packed, packed | {"layout": "BSHD"})
+        )
+        assert_same_bits(got, wanted)
+
+
+def test_layout_saves_copies(rng):
+    """Transpositions from and to (B, S, NH, ...) cancel, forward and backward."""
+    tensors = {name: x.swapaxes(1, 2) for name, x in inputs(rng).items()}
+
+    def transpositions(layout):
+        def loss(tensors):
+            x = {name: x.swapaxes(1, 2) for name, x in tensors.items()}
+            h = mlstm_chunkwise__xl_chunk(**x, layout=layout).swapaxes(1, 2)
+            return (h**2).sum(), h
+
+        text = jax.jit(jax.grad(loss, has_aux=True)).lower(tensors).compile().as_text()
+        return text.count(" transpose(")
+
+    assert transpositions("BHSD") > 0
+    assert transpositions("BSHD") == 0
+
+
+def test_unknown_layout(rng):
+    with pytest.raises(ValueError, match="layout: expected 'BHSD' or 'BSHD', got 'BSD'"):
+        mlstm_chunkwise__xl_chunk(**inputs(rng), layout="BSD")

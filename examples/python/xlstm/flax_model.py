@@ -61,7 +61,9 @@ class MLSTMLayer(nnx.Module):
         self.out = linear(d, d, 2 / (config.n_blocks * d**0.5), rngs)
         self.norm_weight = nnx.Param(jnp.ones(heads * config.v_head_dim, jnp.float32))
         self.backend = mLSTMBackend(
-            mLSTMBackendConfig(chunk_size=config.chunk_size, return_last_states=False)
+            mLSTMBackendConfig(
+                chunk_size=config.chunk_size, return_last_states=False, layout="BSHD"
+            )
         )
 
     def kernel_inputs(self, x: jax.Array) -> dict[str, jax.Array]:

@@ -26,6 +26,7 @@ class Options(NamedTuple):
     return_last_states: bool = False
     state_dtype: jnp.dtype | None = None  # of c
     step: bool = False  # one token, by the step kernel where there is no gradient
+    tokens_first: bool = False
 
     @property
     def siging(self):
@@ -41,7 +42,8 @@ def _call(options, op, operands, results):
         op = f"{'parallel' if options.parallel else 'chunkwise'}_{op}"
     kind = op.split("_")[-1]
     names = tuple(name for name in _targets.OPERANDS[kind] if operands.get(name) is not None)
-    return _run(Call(op, names, tuple(results), attributes, options.state_dtype), operands)
+    call = Call(op, names, tuple(results), attributes, options.state_dtype, options.tokens_first)
+    return _run(call, operands)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -194,14 +196,22 @@ def sequence(
     cu_seqlens=None,
     parallel=False,
     step=False,
+    layout="BHSD",
     **options,
 ):
     """h, or (h, states) with m (R, NH), for the arguments of the kernel functions."""
     tensors = dict(q=q, k=k, v=v, i=i, f=f, c_initial=c_initial, n_initial=n_initial)
     tensors |= dict(m_initial=m_initial, cu_seqlens=cu_seqlens)
     tensors, dtype_state = as_accepted(tensors, _INITIAL, dtype_state, autocast_kernel_dtype)
+    if layout not in ("BHSD", "BSHD"):
+        raise ValueError(f"layout: expected 'BHSD' or 'BSHD', got {layout!r}")
     options = Options(
-        attributes_of(**options), parallel, bool(return_last_states), dtype_state, step
+        attributes_of(**options),
+        parallel,
+        bool(return_last_states),
+        dtype_state,
+        step,
+        layout == "BSHD",
     )
     names = ("h", *_states(options, _LAST)) if return_last_states else ("h",)
     call = Call("chunkwise_fw", tuple(tensors), names, options.attributes, dtype_state)

@@ -64,6 +64,7 @@ class Call(NamedTuple):
     results: tuple[str, ...]  # the names of those that are wanted
     attributes: Attributes
     state_dtype: np.dtype  # of c
+    tokens_first: bool = False  # the target is called with (B, S, NH, ...)
 
     @property
     def kind(self) -> str:
@@ -108,7 +109,8 @@ def _invoke(call, device, *operands):
     absent = jax.ShapeDtypeStruct((0,), jnp.bool_)
     sizes = _sizes(call, named)
     types = {name: _type(call, name, named, sizes) for name in call.results}
-    results = [types.get(name, absent) for name in RESULTS[call.kind]]
+    given = jax.eval_shape(partial(_turned, call, table=RESULTS), types)
+    results = [given.get(name, absent) for name in RESULTS[call.kind]]
     if device:
         workspace = _workspace_size(call, named, sizes, device)
         results.append(jax.ShapeDtypeStruct((workspace,), jnp.uint8))
@@ -121,11 +123,27 @@ def _invoke(call, device, *operands):
     aliases = {positions[name]: order.index(name) for name in shared if fits}
     target = f"mlstm_{call.op}_graph" if device else f"mlstm_{call.op}"
     function = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
+    named = _turned(call, named, OPERANDS)
     outputs = function(
-        *(named.get(name, nothing) for name in positions), **call.attributes._asdict()
+        *(named.get(name, nothing) for name in positions),
+        **call.attributes._asdict(),
+        tokens_first=call.tokens_first,
     )
     outputs = dict(zip(RESULTS[call.kind], outputs, strict=False))
-    return tuple(outputs[name] for name in call.results)
+    outputs = _turned(call, {name: outputs[name] for name in call.results}, RESULTS)
+    return tuple(outputs.values())
+
+
+def _turned(call, arrays, table):
+    """Arrays by name as the target takes or gives them, or from there: those over tokens with S
+    before NH, if the call says so. XLA drops transpositions that undo each other."""
+    if not call.tokens_first:
+        return arrays
+    dims = table[call.kind]
+    return {
+        name: x.swapaxes(1, 2) if dims[name].startswith("bhs") and x.ndim >= 3 else x
+        for name, x in arrays.items()
+    }
 
 
 def _vary_like(operand, types):

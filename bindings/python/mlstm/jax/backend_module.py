@@ -16,6 +16,8 @@ class mLSTMBackendConfig(_backend_config.mLSTMBackendConfig):  # noqa: N801
 
     autocast_kernel_dtype: str | None = None
     """dtype that q, k, v, and with them h, take; None keeps theirs."""
+    layout: str = "BHSD"
+    """"BSHD" where q, k, v, i, f are transposed from (B, S, NH, ...) and h to it."""
 
 
 class mLSTMBackend(nnx.Module):  # noqa: N801, the name in `mlstm_kernels`
@@ -78,6 +80,7 @@ class mLSTMBackend(nnx.Module):  # noqa: N801, the name in `mlstm_kernels`
             chunk_size=config.chunk_size,
             autocast_kernel_dtype=config.autocast_kernel_dtype,
             cu_seqlens=cu_seqlens,
+            layout=config.layout,
             **options,
         )
         if not return_last_states:

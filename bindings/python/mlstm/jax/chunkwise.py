@@ -22,6 +22,7 @@ def mlstm_chunkwise__xl_chunk(
     dtype_state=None,
     detach_denominator=False,
     qk_scale=None,
+    layout="BHSD",
     **kwargs,
 ):
     """mLSTM with the exponential input gate over sequences of any length.
@@ -49,6 +50,8 @@ def mlstm_chunkwise__xl_chunk(
         detach_denominator: gradients without the denominator's part, as `mlstm_kernels` has them;
             right only where a scale-invariant norm follows.
         qk_scale: factor on q; None for DHQK ** -0.5.
+        layout: "BSHD" where q, k, v, i, f are transposed from (B, S, NH, ...) and h to it: then
+            nothing is copied under jit. Shapes are those above in any case.
         kwargs: tuning arguments of `mlstm_kernels` are accepted and ignored.
 
     Returns:
@@ -58,7 +61,7 @@ def mlstm_chunkwise__xl_chunk(
     Raises:
         jax.errors.JaxRuntimeError: an argument does not fit (the message names it and says what
             was expected and what came), there is no kernel for it, or the device failed.
-        TypeError: an unknown keyword.
+        TypeError, ValueError: an unknown keyword, an unknown layout.
     """
     return sequence(
         q,
@@ -77,6 +80,7 @@ def mlstm_chunkwise__xl_chunk(
         dtype_state=dtype_state,
         detach_denominator=detach_denominator,
         qk_scale=qk_scale,
+        layout=layout,
         **kwargs,
     )
 
