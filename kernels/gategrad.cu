@@ -98,7 +98,7 @@ __device__ __forceinline__ Path lane_path(const Args& args, const LaneTokens& to
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
     if (j >= tokens.count) continue;
-    gates[j] = token_gates(tokens.i[j], tokens.logf[j], m, exponential);
+    gates[j] = token_gates<Acc>(tokens.i[j], tokens.logf[j], m, exponential);
     m = gates[j].m;
     dm[j] = exponential ? static_cast<const Acc*>(args.dm)[base + j] : 0.0;
     // A token adds its dm first and then passes all on, or nothing.
@@ -114,7 +114,7 @@ __device__ __forceinline__ void reduce(const Args& args) {
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  LaneTokens tokens = lane_tokens(args, c, h, lane);
+  LaneTokens tokens = lane_tokens<Acc>(args, c, h, lane);
   double* scratch = chunk_gates(args, c, h);
   double m = lane_m(tokens, scratch[2], lane);
   TokenGates gates[kPerLane];
@@ -170,7 +170,7 @@ __device__ __forceinline__ void emit(const Args& args) {
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  LaneTokens tokens = lane_tokens(args, c, h, lane);
+  LaneTokens tokens = lane_tokens<Acc>(args, c, h, lane);
   if (tokens.chunk.len == 0) return;
   bool exponential = (args.flags & kExponential) != 0;
   double m = exponential ? lane_m(tokens, chunk_gates(args, c, h)[2], lane) : 0.0;

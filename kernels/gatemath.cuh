@@ -41,9 +41,17 @@ __device__ __forceinline__ double load_gate(const Args& args, const Tensor& gate
   return load_as_double(gate.data, index, args.gate_dtype);
 }
 
-// log(sigmoid(x)) without overflow.
+// log(sigmoid(x)) without overflow; to the digits of float where the arithmetic is in float.
+template <typename Acc>
 __device__ __forceinline__ double logsigmoid(double x) {
   return fmin(x, 0.0) - log1p(exp(-fabs(x)));
+}
+__device__ __forceinline__ float fast_logsigmoid(float x) {
+  return fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
+}
+template <>
+__device__ __forceinline__ double logsigmoid<float>(double x) {
+  return fast_logsigmoid(static_cast<float>(x));
 }
 
 template <typename Acc>
@@ -133,12 +141,13 @@ __device__ __forceinline__ double clamp_never(double x) {
   return x < kNever / kLog2E ? kNever / kLog2E : x;
 }
 
+template <typename Acc>
 __device__ __forceinline__ TokenGates token_gates(double i, double logf, double m_before,
                                                   bool exponential) {
   TokenGates gates;
   if (!exponential) {
     gates.step = clamp_never(logf);
-    gates.source = clamp_never(logsigmoid(i));
+    gates.source = clamp_never(logsigmoid<Acc>(i));
     gates.m = 0.0;
     gates.forgets = true;
     return gates;
@@ -169,6 +178,7 @@ struct LaneTokens {
   double logf[kPerLane];
 };
 
+template <typename Acc>
 __device__ __forceinline__ LaneTokens lane_tokens(const Args& args, int64_t c, int h, int lane) {
   LaneTokens tokens;
   tokens.chunk = chunk_at(args, c);
@@ -182,7 +192,7 @@ __device__ __forceinline__ LaneTokens lane_tokens(const Args& args, int64_t c, i
     if (j < tokens.count) {
       tokens.i[j] = load_gate(args, args.i, tokens.b, h, tokens.first + j);
       tokens.f[j] = load_gate(args, args.f, tokens.b, h, tokens.first + j);
-      tokens.logf[j] = logsigmoid(tokens.f[j]);
+      tokens.logf[j] = logsigmoid<Acc>(tokens.f[j]);
     }
   }
   return tokens;
@@ -205,7 +215,7 @@ __device__ __forceinline__ double lane_m(const LaneTokens& tokens, double chunk_
 }
 
 __device__ __forceinline__ double* chunk_gates(const Args& args, int64_t c, int h) {
-  return args.chunk_gates + 4 * chunk_index(args, c, h);
+  return args.chunk_gates + 4 * (h * args.num_chunks + c);
 }
 
 // m before the first token of a row.

@@ -1,10 +1,13 @@
-// From gate pre-activations to the per-token vectors of params.cuh, in four kernels:
+// From gate pre-activations to the per-token vectors of params.cuh, in a few kernels:
 //   chunk_table     packed sequences only: offsets on the device -> chunks    1 block of 1024
-//   gates_reduce    effect of each chunk on m                                 warp per chunk, head
+//   gates_reduce_*  effect of each chunk on m                                 warp per chunk, head
 //   gates_scan_*    m at each chunk's start, m_last                           warp per row, head
 //   gates_emit_*    m, exponents, weights                                     warp per chunk, head
-// Blocks have 128 threads unless said otherwise. The sigmoid gate (m = 0) needs gates_emit only.
+//   gates_reduce_fast, gates_pack_*   the first and the last of these for the Hopper kernels
+// Blocks have 128 threads unless said otherwise. The sigmoid gate (m = 0) needs one of the last two
+// only.
 #include "gatemath.cuh"
+#include "overlap.cuh"
 
 namespace mlstm {
 namespace {
@@ -29,6 +32,8 @@ struct Staged {
 
 template <typename Acc>
 __device__ __forceinline__ void emit(const Args& args) {
+  start_dependents();
+  wait_for_previous();
   __shared__ Staged<Acc> shared[kWarps];
   Staged<Acc>& staged = shared[threadIdx.x / 32];
   int64_t item;
@@ -36,7 +41,7 @@ __device__ __forceinline__ void emit(const Args& args) {
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  LaneTokens tokens = lane_tokens(args, c, h, lane);
+  LaneTokens tokens = lane_tokens<Acc>(args, c, h, lane);
   if (tokens.chunk.len == 0) return;
   bool exponential = (args.flags & kExponential) != 0;
   double m = exponential ? lane_m(tokens, chunk_gates(args, c, h)[2], lane) : 0.0;
@@ -46,7 +51,7 @@ __device__ __forceinline__ void emit(const Args& args) {
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
     if (j < tokens.count) {
-      gates[j] = token_gates(tokens.i[j], tokens.logf[j], m, exponential);
+      gates[j] = token_gates<Acc>(tokens.i[j], tokens.logf[j], m, exponential);
       m = gates[j].m;
       mine += gates[j].step * kLog2E;
     }
@@ -90,73 +95,181 @@ __device__ __forceinline__ void emit(const Args& args) {
   if (lane == 0) static_cast<Acc*>(args.g)[chunk_index(args, c, h)] = power_of_2<Acc>(total);
 }
 
-// Up to two tokens of a chunk of 64 per lane.
-struct Packed {
-  float vector[kPackedVectors][64];
-  float m[64];
+// ---- For the Hopper kernels: chunks of 64 tokens of 16-bit data, two per lane. What these add up
+// within a chunk is in float, whose errors are far below the data's; over chunks it stays in double.
+
+struct FastMaxPlus {
+  float decay;
+  float floor;
 };
 
-__device__ __forceinline__ void pack_vectors(const Args& args) {
-  __shared__ Packed shared[kWarps];
-  Packed& packed = shared[threadIdx.x / 32];
+__device__ __forceinline__ FastMaxPlus then(FastMaxPlus first, FastMaxPlus second) {
+  return {first.decay + second.decay, fmaxf(first.floor + second.decay, second.floor)};
+}
+
+__device__ __forceinline__ float clamp_near(float x) {
+  constexpr float kNearest = static_cast<float>(kNear / kLog2E);
+  return x < kNearest ? kNearest : x;
+}
+
+struct LanePair {
+  Chunk chunk;
+  int b;
+  int count;
+  float i[2];
+  float logf[2];
+};
+
+__device__ __forceinline__ float fast_gate(const Args& args, const Tensor& gate, int b, int h,
+                                           int64_t t) {
+  int64_t index = b * gate.stride_b + h * gate.stride_h + t * gate.stride_s;
+  switch (args.gate_dtype) {
+    case kF32: return static_cast<const float*>(gate.data)[index];
+    case kBf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(gate.data)[index]);
+    default: return __half2float(static_cast<const __half*>(gate.data)[index]);
+  }
+}
+
+__device__ __forceinline__ LanePair lane_pair(const Args& args, int64_t c, int h, int lane) {
+  LanePair pair;
+  pair.chunk = chunk_at(args, c);
+  pair.b = batch_of(args, pair.chunk.row);
+  pair.count = max(0, min(2, pair.chunk.len - 2 * lane));
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (j >= pair.count) continue;
+    int64_t t = pair.chunk.start + 2 * lane + j;
+    pair.i[j] = fast_gate(args, args.i, pair.b, h, t);
+    pair.logf[j] = fast_logsigmoid(fast_gate(args, args.f, pair.b, h, t));
+  }
+  return pair;
+}
+
+// Combination of all lanes up to and including this one.
+__device__ __forceinline__ FastMaxPlus lane_effects(const LanePair& pair, int lane) {
+  FastMaxPlus all = {0.0f, -INFINITY};
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (j < pair.count) all = then(all, {pair.logf[j], pair.i[j]});
+  }
+  for (int delta = 1; delta < 32; delta *= 2) {
+    FastMaxPlus before = {__shfl_up_sync(kFullWarp, all.decay, delta),
+                          __shfl_up_sync(kFullWarp, all.floor, delta)};
+    if (lane >= delta) all = then(before, all);
+  }
+  return all;
+}
+
+__device__ __forceinline__ void reduce_fast(const Args& args) {
+  start_dependents();
+  wait_for_previous();
   int64_t item;
   int lane;
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  LaneTokens tokens = lane_tokens(args, c, h, lane);
-  if (tokens.chunk.len == 0) return;
-  bool exponential = (args.flags & kExponential) != 0;
-  double m = exponential ? lane_m(tokens, chunk_gates(args, c, h)[2], lane) : 0.0;
+  FastMaxPlus all = lane_effects(lane_pair(args, c, h, lane), lane);
+  if (lane == 31) {
+    double* out = chunk_gates(args, c, h);
+    out[0] = all.decay;
+    out[1] = all.floor;
+  }
+}
 
-  double step[2] = {}, source[2] = {}, token_m[2] = {};
+template <typename T>
+struct Packed {
+  T split[2][64];
+  float vector[5][64];
+  float m[64];
+};
+
+template <typename T>
+__device__ __forceinline__ void pack_vectors(const Args& args) {
+  start_dependents();
+  wait_for_previous();
+  __shared__ Packed<T> shared[kWarps];
+  Packed<T>& packed = shared[threadIdx.x / 32];
+  int64_t item;
+  int lane;
+  if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
+  int64_t c = item / args.nh;
+  int h = static_cast<int>(item % args.nh);
+  LanePair pair = lane_pair(args, c, h, lane);
+  if (pair.chunk.len == 0) return;
+  bool exponential = (args.flags & kExponential) != 0;
+  float m = 0.0f;
+  if (exponential) {
+    FastMaxPlus before = lane_effects(pair, lane);
+    before = {__shfl_up_sync(kFullWarp, before.decay, 1),
+              __shfl_up_sync(kFullWarp, before.floor, 1)};
+    m = static_cast<float>(chunk_gates(args, c, h)[2]);
+    if (lane > 0) m = fmaxf(m + before.decay, before.floor);
+  }
+
+  constexpr float kToLog2 = static_cast<float>(kLog2E);
+  float step[2] = {}, source[2] = {}, token_m[2] = {};
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    if (j < tokens.count) {
-      TokenGates gates = token_gates(tokens.i[j], tokens.logf[j], m, exponential);
-      token_m[j] = m = gates.m;
-      // Nearer limits than elsewhere; NaN passes through.
-      step[j] = gates.step * kLog2E < kNear ? kNear : gates.step * kLog2E;
-      source[j] = gates.source * kLog2E < kNear ? kNear : gates.source * kLog2E;
+    if (j >= pair.count) continue;
+    if (exponential) {
+      float kept = pair.logf[j] + m;
+      token_m[j] = m = fmaxf(kept, pair.i[j]);
+      // At -inf nothing has been seen since a reset: the state is zero in any frame.
+      bool nothing = m == -INFINITY;
+      step[j] = kToLog2 * clamp_near(nothing ? m : kept - m);
+      source[j] = kToLog2 * clamp_near(nothing ? m : pair.i[j] - m);
+    } else {
+      step[j] = kToLog2 * clamp_near(pair.logf[j]);
+      source[j] = kToLog2 * clamp_near(fast_logsigmoid(pair.i[j]));
     }
   }
-  double sum = inclusive_sum(step[0] + step[1], lane);
-  double total = __shfl_sync(kFullWarp, sum, 31);
-  double phi = __shfl_up_sync(kFullWarp, sum, 1);
-  if (lane == 0) phi = 0.0;
+  float sum = step[0] + step[1];
+  for (int delta = 1; delta < 32; delta *= 2) {
+    float before = __shfl_up_sync(kFullWarp, sum, delta);
+    if (lane >= delta) sum += before;
+  }
+  float total = __shfl_sync(kFullWarp, sum, 31);
+  float phi = __shfl_up_sync(kFullWarp, sum, 1);
+  if (lane == 0) phi = 0.0f;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     int t = 2 * lane + j;
     int column = column_order(t);
-    bool inside = j < tokens.count;
+    bool inside = j < pair.count;
     phi += step[j];
-    packed.vector[0][column] = inside ? power_of_2<float>(phi) : 0.0f;
-    packed.vector[1][column] =
-        inside ? power_of_2<float>(fmin(total - phi, 0.0) + source[j]) : 0.0f;
-    packed.vector[2][t] = inside ? static_cast<float>(phi) : 0.0f;
-    packed.vector[3][column] = static_cast<float>(inside ? source[j] - phi : kNever);
-    packed.vector[4][t] =
-        inside && exponential ? power_of_2<float>(-token_m[j] * kLog2E) : 1.0f;
-    packed.m[t] = static_cast<float>(token_m[j]);
+    packed.vector[0][column] = inside ? exp2f(phi) : 0.0f;
+    // Rounding may leave the difference of equal sums a little above 0.
+    float a = inside ? exp2f(fminf(total - phi, 0.0f) + source[j]) : 0.0f;
+    packed.vector[1][column] = a;
+    T high = static_cast<T>(a);
+    packed.split[0][t] = high;
+    packed.split[1][t ^ 8] = static_cast<T>(a - static_cast<float>(high));
+    packed.vector[2][t] = inside ? phi : 0.0f;
+    packed.vector[3][column] = inside ? source[j] - phi : static_cast<float>(kNever);
+    packed.vector[4][t] = inside && exponential ? exp2f(-kToLog2 * token_m[j]) : 1.0f;
+    packed.m[t] = token_m[j];
   }
   __syncwarp();
 
-  float* out = args.packed + chunk_index(args, c, h) * (kPackedVectors * 64);
-  for (int x = lane; x < kPackedVectors * 64; x += 32) out[x] = (&packed.vector[0][0])[x];
+  float* out = args.packed + chunk_index(args, c, h) * kPackedFloats;
+  for (int x = lane; x < kPackedDecay; x += 32) out[x] = reinterpret_cast<const float*>(&packed)[x];
   if (args.write_m != 0) {
-    float* m_out = at<float>(args.m, tokens.b, h, tokens.chunk.start);
-    for (int t = lane; t < tokens.chunk.len; t += 32) m_out[t * args.m.stride_s] = packed.m[t];
+    float* m_out = at<float>(args.m, pair.b, h, pair.chunk.start);
+    for (int t = lane; t < pair.chunk.len; t += 32) m_out[t * args.m.stride_s] = packed.m[t];
   }
-  if (lane == 0) static_cast<float*>(args.g)[chunk_index(args, c, h)] = power_of_2<float>(total);
+  if (lane == 0) out[kPackedDecay] = exp2f(total);
 }
 
+template <typename Acc>
 __device__ __forceinline__ void reduce(const Args& args) {
+  start_dependents();
+  wait_for_previous();
   int64_t item;
   int lane;
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  MaxPlus mine = inclusive_scan(effect(lane_tokens(args, c, h, lane)), lane);
+  MaxPlus mine = inclusive_scan(effect(lane_tokens<Acc>(args, c, h, lane)), lane);
   if (lane == 31) {
     double* out = chunk_gates(args, c, h);
     out[0] = mine.decay;
@@ -166,6 +279,9 @@ __device__ __forceinline__ void reduce(const Args& args) {
 
 template <typename Acc>
 __device__ __forceinline__ void scan(const Args& args) {
+  start_dependents();
+  wait_for_previous();
+  constexpr int kChunks = 8;  // consecutive ones per lane, all loaded at once
   int64_t item;
   int lane;
   if (!warp_item(static_cast<int64_t>(args.rows) * args.nh, &item, &lane)) return;
@@ -174,14 +290,28 @@ __device__ __forceinline__ void scan(const Args& args) {
   int64_t begin = first_chunk(args, row);
   int64_t end = first_chunk(args, row + 1);
   double m = initial_m(args, row, h, acc_dtype<Acc>());
-  for (int64_t c = begin; c < end; c += 32) {
+  for (int64_t base = begin; base < end; base += 32 * kChunks) {
+    int64_t first = base + lane * kChunks;
+    MaxPlus chunks[kChunks];
     MaxPlus mine = no_tokens();
-    double* gates = c + lane < end ? chunk_gates(args, c + lane, h) : nullptr;
-    if (gates != nullptr) mine = {gates[0], gates[1]};
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      chunks[j] = no_tokens();
+      if (first + j < end) {
+        const double* gates = chunk_gates(args, first + j, h);
+        chunks[j] = {gates[0], gates[1]};
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) mine = then(mine, chunks[j]);
     MaxPlus upto = inclusive_scan(mine, lane);
     MaxPlus before = shuffle_up(upto, 1);
-    if (lane == 0) before = no_tokens();
-    if (gates != nullptr) gates[2] = apply(before, m);
+    double chunk_m = lane == 0 ? m : apply(before, m);
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      if (first + j < end) chunk_gates(args, first + j, h)[2] = chunk_m;
+      chunk_m = apply(chunks[j], chunk_m);
+    }
     m = __shfl_sync(kFullWarp, apply(upto, m), 31);
   }
   if (lane == 0 && args.m_last.data != nullptr) {
@@ -226,6 +356,7 @@ __device__ __forceinline__ int64_t block_scan(int64_t x, Combine combine, int64_
 }
 
 __device__ void table(const Args& args) {
+  start_dependents();
   __shared__ int64_t shared[32];
   __shared__ int64_t carry[2];  // largest offset and number of chunks so far
   Chunk* chunks = const_cast<Chunk*>(args.chunks);
@@ -286,17 +417,27 @@ extern "C" __global__ void __launch_bounds__(1024) chunk_table(const __grid_cons
 }
 MLSTM_GEOMETRY(chunk_table, 1, 1, 1024, 0)
 
-extern "C" __global__ void __launch_bounds__(128) gates_reduce(const __grid_constant__ Args args) {
-  mlstm::reduce(args);
+extern "C" __global__ void __launch_bounds__(128)
+    gates_reduce_fast(const __grid_constant__ Args args) {
+  mlstm::reduce_fast(args);
 }
-MLSTM_GEOMETRY(gates_reduce, mlstm::kWarps, 1, 128, 0)
+MLSTM_GEOMETRY(gates_reduce_fast, mlstm::kWarps, 1, 128, 0)
 
-extern "C" __global__ void __launch_bounds__(128) gates_pack(const __grid_constant__ Args args) {
-  mlstm::pack_vectors(args);
-}
-MLSTM_GEOMETRY(gates_pack, mlstm::kWarps, 1, 128, 0)
+#define MLSTM_GATES_PACK(T, SUFFIX)                                     \
+  extern "C" __global__ void __launch_bounds__(128)                     \
+      gates_pack_##SUFFIX(const __grid_constant__ Args args) {          \
+    mlstm::pack_vectors<T>(args);                                       \
+  }                                                                     \
+  MLSTM_GEOMETRY(gates_pack_##SUFFIX, mlstm::kWarps, 1, 128, 0)
+MLSTM_GATES_PACK(__nv_bfloat16, bf16)
+MLSTM_GATES_PACK(__half, f16)
 
 #define MLSTM_GATES(ACC, SUFFIX)                                                                 \
+  extern "C" __global__ void __launch_bounds__(128)                                              \
+      gates_reduce_##SUFFIX(const __grid_constant__ Args args) {                                 \
+    mlstm::reduce<ACC>(args);                                                                    \
+  }                                                                                              \
+  MLSTM_GEOMETRY(gates_reduce_##SUFFIX, mlstm::kWarps, 1, 128, 0)                                \
   extern "C" __global__ void __launch_bounds__(128)                                              \
       gates_scan_##SUFFIX(const __grid_constant__ Args args) {                                   \
     mlstm::scan<ACC>(args);                                                                      \

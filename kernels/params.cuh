@@ -61,10 +61,14 @@ constexpr double kNever = -16384.0;
 constexpr int kMaxChunk = 128;
 
 // The Hopper kernels take chunks of 64 tokens and their vectors in one piece per chunk and head,
-// `packed`: w, a, row, col and floor, in float, col to the same base as row (hi alone: with kNear
-// for kNever it has digits enough for 16-bit data). Beyond the chunk's end w = a = 0, row = 0,
-// col = kNever, floor = 1. w, a and col stand in the order of columns (column_order).
-constexpr int kPackedVectors = 5;
+// `packed`: a as the sum of two numbers of the data's type, two rows of 64, the second with its
+// 16-byte pieces swapped in pairs (wgmma_sm90.cuh); in float w, a, row, col and floor, hi alone of row
+// and col (with kNear for kNever it has digits enough for 16-bit data); and g. Beyond the chunk's end
+// w = a = 0, row = 0, col = kNever, floor = 1. w, a and col stand in the order of columns
+// (column_order).
+constexpr int kPackedVectors = 64;                       // where the vectors start, in floats
+constexpr int kPackedDecay = kPackedVectors + 5 * 64;    // where g is
+constexpr int kPackedFloats = kPackedDecay + 4;
 constexpr double kNear = -256.0;
 constexpr int kMaxStepTokens = 16;
 
@@ -143,7 +147,7 @@ struct Args {
   const Chunk* chunks;         // [num_chunks], packed sequences only
   const int64_t* first_chunk;  // [R + 1], packed sequences only
   int64_t* seq_starts;         // [R + 1], packed sequences only: first token, then the end
-  double* chunk_gates;         // [num_chunks * NH][4]: scratch of the gate kernels
+  double* chunk_gates;         // [NH][num_chunks][4]: scratch of the gate kernels
   void* row;                   // Pair<Acc>, token vector
   void* col;                   // Pair<Acc>, token vector
   void* w;                     // Acc, token vector
@@ -166,7 +170,7 @@ struct Args {
   // Hopper kernels only. A sequence's chunks are cut in `segments` parts that run side by side; what
   // each but the last adds to the state, from zero and in the frame of its end:
   // [R][NH][segments - 1] of
-  float* packed;         // [chunk_index][kPackedVectors][64]
+  float* packed;         // [chunk_index][kPackedFloats]
   float* segment_c;      // C, padded to [64-column groups of DHHV], in the order of registers
   float* segment_n;      // n
   float* segment_g;      // product of g

@@ -122,6 +122,11 @@ __device__ __forceinline__ float load_shared(uint32_t from) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from));
   return x;
 }
+__device__ __forceinline__ int load_shared_int(uint32_t from) {
+  int x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from));
+  return x;
+}
 __device__ __forceinline__ float2 load_shared_2(uint32_t from) {
   float2 x;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from));
@@ -146,6 +151,12 @@ __device__ __forceinline__ void store_shared(uint32_t to, float x) {
 }
 __device__ __forceinline__ void store_shared(uint32_t to, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t to, __nv_bfloat16 x) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(__bfloat16_as_ushort(x)) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t to, __half x) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(__half_as_ushort(x)) : "memory");
 }
 __device__ __forceinline__ void store_shared_4(uint32_t to, float x, float y, float z, float w) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x), "f"(y), "f"(z), "f"(w)

@@ -1,5 +1,6 @@
 // States of the segments into which forward_sm90.cuh cuts long sequences: what each segment adds to
 // the state, from zero.
+#include "overlap.cuh"
 #include "sweep_sm90.cuh"
 
 namespace mlstm {
@@ -8,82 +9,106 @@ namespace {
 // n and the product of g; and the loads.
 template <typename T, typename Shape>
 __device__ __forceinline__ void sum_segment(const Block<T, Shape>& block) {
-  float n[2] = {};
+  // The slices of DHHV share the slabs of n out among them.
+  const int slices = div_up(block.args.dhhv, 64 * Shape::kWgs), slice = block.slab0 / Shape::kWgs;
   float decay = 1.0f;
-  const bool first_warp = threadIdx.x < 32;
-  if (first_warp) {
-    for (int i = 0; i < 2; ++i) block.load_keys_ahead(i);
-  }
-  for (int i = 0; i < block.count; ++i) {
-    const int stage = i & 1;
-    const uint32_t phase = i >> 1 & 1;
-    const float g = block.decay(i);
-    decay *= g;
-    const int len = block.length(i);
+  block.template each_dim<Shape::kSlabs>(0, [&](int d, int, int) { block.put_normalizer(d, 0.0f, 0); });
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
+  for (int i = 0; i < Shape::kStages; ++i) block.load_keys(i, warp);
+  const int count = block.count;
+  for (int i = 0; i < count; ++i) {
+    const int stage = Shape::stage(i);
+    const uint32_t phase = Shape::phase(i);
     barrier_wait(block.bar(kKeyFull, stage), phase);
-    if (block.unclean(len)) block.clean(stage, phase, len);
-    barrier_wait(block.bar(kNormalizerFull, stage), phase);
-    block.add_normalizer(n, g, stage);
+    if (block.unclean(i)) block.clean(i);
+    for (int j = slice; j < Shape::kSlabs; j += slices) {
+      float keys[1][4];
+      block.sum_keys(keys, j, stage);
+      block.add_keys(keys, j, stage, Shape::stage(i + 1));
+    }
+    decay *= load_shared(block.vectors(stage) + kDecayAt);
     __syncwarp();
-    // The sums are overwritten two chunks on, when these keys have been replaced.
     if ((threadIdx.x & 31) == 0) barrier_arrive(block.bar(kKeyEmpty, stage));
-    if (first_warp) block.load_keys_ahead(i + 2);
+    block.load_keys(i + Shape::kStages, warp);
   }
-  if (block.slice != 0) return;
-  if (block.holds_normalizer()) {
-    reinterpret_cast<float2*>(block.segment_normalizer(block.segment))[threadIdx.x] =
-        make_float2(n[0], n[1]);
+  for (int j = slice; j < Shape::kSlabs; j += slices) {
+    block.template each_dim<1>(j, [&](int d, int, int) {
+      block.segment_normalizer(block.segment)[d] = load_shared(block.normalizer(d));
+    });
   }
-  if (threadIdx.x == 0) block.args.segment_g[block.segment_index(block.segment)] = decay;
+  if (threadIdx.x == 0 && slice == 0) block.args.segment_g[block.segment_index(block.segment)] = decay;
 }
 
+// C of one state warpgroup. While a chunk is added, the next one's values are weighted.
 template <typename T, typename Shape>
-__device__ __forceinline__ void add_segment(const Block<T, Shape>& block, int group) {
-  float c[32 * Shape::kSlabs];
-#pragma unroll
-  for (int x = 0; x < 32 * Shape::kSlabs; ++x) c[x] = 0.0f;
-  const bool leader = threadIdx.x % 128 == 0;
-  for (int i = 0; i < block.count; ++i) {
-    const int stage = i & 1;
-    const uint32_t phase = i >> 1 & 1;
-    const int lane = threadIdx.x & 31;
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
-    const float g = block.decay(i);
+struct Sum {
+  const Block<T, Shape>& block;
+  int group;
+
+  using Weighted = uint32_t[4][4];
+
+  __device__ __forceinline__ void weigh(Weighted& a, int i) const {
+    const int stage = Shape::stage(i);
+    const uint32_t phase = Shape::phase(i);
     barrier_wait(block.bar(kKeyFull, stage), phase);
     barrier_wait(block.bar(kValueFull, stage), phase);
-    const int len = block.length(i);
-    if (block.unclean(len)) barrier_wait(block.bar(kClean, 0), 0);
-    block.sum_keys(stage, group * 4 + warp);
-    uint32_t a[4][4];
-    weighted_values<T>(a, block.value(stage, group), block.vectors(stage) + kInputAt, lane, warp);
-    block.decay_state(c, g);
+    if (block.unclean(i)) barrier_wait(block.bar(kClean, 0), 0);
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      weighted_values<T>(a[j], j, block.value(stage, group), block.vectors(stage) + kInputAt,
+                         threadIdx.x & 31, warp);
+    }
+  }
+
+  __device__ __forceinline__ void add(float (&c)[32 * Shape::kSlabs], Weighted& now,
+                                      Weighted& next, int i, int count) const {
+    const int stage = Shape::stage(i);
+    block.decay_state(c, load_shared(block.vectors(stage) + kDecayAt));
     pin<32 * Shape::kSlabs>(c);
     wgmma_fence();
-    update_state<T, Shape>(c, a, block.key(stage));
+    update_state<T, Shape>(c, now, block.key(stage));
+    if (i + 1 < count) weigh(next, i + 1);
     wgmma_wait<0>();
     pin<32 * Shape::kSlabs>(c);
     // All of the warpgroup has read what it needed by ordinary loads.
     block.sync_group(group);
-    if (leader) {
+    if (threadIdx.x % 128 == 0) {
       barrier_arrive(block.bar(kKeyEmpty, stage));
       barrier_arrive(block.bar(kValueEmpty, stage));
     }
   }
-  block.keep_segment(c, group);
-}
+
+  __device__ __forceinline__ void run() const {
+    float c[32 * Shape::kSlabs];
+#pragma unroll
+    for (int x = 0; x < 32 * Shape::kSlabs; ++x) c[x] = 0.0f;
+    const int count = block.count;
+    Weighted even, odd;
+    weigh(even, 0);
+    for (int i = 0; i < count; i += 2) {
+      add(c, even, odd, i, count);
+      if (i + 1 < count) add(c, odd, even, i + 1, count);
+    }
+    block.keep_segment(c, group);
+  }
+};
 
 template <typename T, typename Shape>
 __device__ __forceinline__ void segment_states(const HopperArgs& hopper, unsigned char* smem) {
-  const Block<T, Shape> block(hopper, smem);
-  if (block.count == 0) return;
+  start_dependents();
+  Block<T, Shape> block(hopper, smem);
   block.prepare();
+  wait_for_previous();
+  block.locate();
+  if (block.count == 0) return;
   const int group = __shfl_sync(0xffffffffu, threadIdx.x >> 7, 0);
   if (group == 0) {
     if constexpr (Shape::kUneven) give_registers<Shape::kScoreRegisters>();
     sum_segment(block);
   } else {
     if constexpr (Shape::kUneven) take_registers<Shape::kStateRegisters>();
-    add_segment(block, group - 1);
+    Sum<T, Shape>{block, group - 1}.run();
   }
 }
 
@@ -94,9 +119,9 @@ __device__ __forceinline__ void segment_states(const HopperArgs& hopper, unsigne
   extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)                                \
       NAME(const __grid_constant__ mlstm::HopperArgs args) {                                      \
     extern __shared__ unsigned char smem[];                                                       \
-    mlstm::segment_states<T, mlstm::HopperShape<SLABS, WGS>>(args, smem);                         \
+    mlstm::segment_states<T, mlstm::HopperShape<SLABS, WGS, false>>(args, smem);                  \
   }                                                                                               \
   MLSTM_GEOMETRY(NAME, 64 * SLABS, 64 * WGS, 128 * (WGS + 1),                                     \
-                 (mlstm::HopperShape<SLABS, WGS>::kBytes))
+                 (mlstm::HopperShape<SLABS, WGS, false>::kBytes))
 MLSTM_HOPPER_SHAPES(MLSTM_SEGMENTS, hopper_segments_bf16, mlstm::bf16)
 MLSTM_HOPPER_SHAPES(MLSTM_SEGMENTS, hopper_segments_f16, mlstm::f16)

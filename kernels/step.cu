@@ -10,6 +10,7 @@
 // Rows are split over threads in a way that depends on the dims alone, so a row's result does not
 // depend on the batch it is in.
 #include "gatemath.cuh"
+#include "overlap.cuh"
 #include "step_params.cuh"
 
 namespace mlstm {
@@ -60,7 +61,7 @@ __device__ __forceinline__ Row row_of(const StepArgs& args, int b) {
 __device__ __forceinline__ float log_sigmoid(float x) {
   return fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
 }
-__device__ __forceinline__ double log_sigmoid(double x) { return logsigmoid(x); }
+__device__ __forceinline__ double log_sigmoid(double x) { return logsigmoid<double>(x); }
 
 template <typename Acc>
 __device__ __forceinline__ Acc load(const Tensor& t, int64_t offset, int32_t dtype) {
@@ -101,18 +102,6 @@ __device__ __forceinline__ Scalars<Acc> advance(const StepArgs& args, Acc i, Acc
   *m = fmax(kept, i);
   if (*m == -static_cast<Acc>(INFINITY)) return {Acc(0), Acc(0), Acc(1)};
   return {exp(kept - *m), exp(i - *m), Acc(1)};
-}
-
-__device__ __forceinline__ void start_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 template <typename Acc>

@@ -16,19 +16,21 @@ struct HopperArgs {
   Args args;
 };
 
-// Parts of a chunk's vectors in shared memory, byte offsets; params.cuh has their meaning.
-constexpr int kWeightAt = 0;    // w, in the order of columns
-constexpr int kInputAt = 256;   // a, in the order of columns
-constexpr int kRowAt = 512;     // row
-constexpr int kColAt = 768;     // col, in the order of columns
-constexpr int kFloorAt = 1024;  // floor
-constexpr int kVectorBytes = kPackedVectors * 64 * 4;
+// Parts of a chunk's vectors in shared memory, byte offsets; params.cuh has their meaning. They start
+// with the two rows of a, as a tile whose other rows do not matter.
+constexpr int kWeightAt = kPackedVectors * 4;  // w, in the order of columns
+constexpr int kInputAt = kWeightAt + 256;      // a, in the order of columns
+constexpr int kRowAt = kInputAt + 256;         // row
+constexpr int kColAt = kRowAt + 256;           // col, in the order of columns
+constexpr int kFloorAt = kColAt + 256;         // floor
+constexpr int kDecayAt = kPackedDecay * 4;     // g
+constexpr int kVectorStage = 2048;
 
 constexpr int kTileBytes = 64 * 128;     // 64 tokens x 64 dims of 16 bits
 constexpr int kKeyTileBytes = 72 * 128;  // the same and 8 rows more, for n
 
-// DHQK up to 64 kSlabs; 64 kWgs of DHHV.
-template <int kSlabs_, int kWgs_>
+// DHQK up to 64 kSlabs; 64 kWgs of DHHV. kOutputs: with queries, scores and outputs.
+template <int kSlabs_, int kWgs_, bool kOutputs = true>
 struct HopperShape {
   static constexpr int kSlabs = kSlabs_;
   static constexpr int kWgs = kWgs_;
@@ -40,28 +42,27 @@ struct HopperShape {
   static constexpr int kStateRegisters = 216;
   static constexpr int kScoreRegisters = 72;
 
-  // sum_keys: lanes per row of k (8 dims each), rows at once, and partial sums per dim.
-  static constexpr int kRowLanes = 8 * kSlabs;
-  static constexpr int kRowsAtOnce = 32 / kRowLanes;
-  static constexpr int kRowsPerWarp = 16 / kWgs;
-  static constexpr int kParts = 4 * kWgs * kRowsAtOnce;
+  // Chunks on their way: of large states there is room for two.
+  static constexpr int kStages = !kOutputs ? 4 : (kSlabs == 4 ? 2 : (kSlabs == 2 ? 3 : 4));
+  static __device__ __forceinline__ int stage(int i) { return i % kStages; }
+  static __device__ __forceinline__ uint32_t phase(int i) { return i / kStages & 1; }
 
-  static constexpr int kQueryBytes = kSlabs * kTileBytes;
+  static constexpr int kQueryBytes = kOutputs ? kSlabs * kTileBytes : 0;
   static constexpr int kKeyBytes = kSlabs * kKeyTileBytes;
   static constexpr int kValueBytes = kWgs * kTileBytes;
-  static constexpr int kPartBytes = kParts * kDim * 4;
 
   static constexpr int kQueryAt = 0;
-  static constexpr int kKeyAt = kQueryAt + 2 * kQueryBytes;
-  static constexpr int kValueAt = kKeyAt + 2 * kKeyBytes;
-  static constexpr int kScoreAt = kValueAt + 2 * kValueBytes;
-  static constexpr int kOutputAt = kScoreAt + 2 * kTileBytes;
-  static constexpr int kVectorAt = kOutputAt + kWgs * kTileBytes;
-  static constexpr int kPartAt = kVectorAt + 2 * kVectorBytes;
-  static constexpr int kDenAt = kPartAt + 2 * kPartBytes;
-  static constexpr int kBarrierAt = kDenAt + 2 * 256;
+  static constexpr int kKeyAt = kQueryAt + kStages * kQueryBytes;
+  static constexpr int kValueAt = kKeyAt + kStages * kKeyBytes;
+  static constexpr int kScoreAt = kValueAt + kStages * kValueBytes;
+  static constexpr int kOutputAt = kScoreAt + (kOutputs ? 2 * kTileBytes : 0);
+  static constexpr int kVectorAt = kOutputAt + (kOutputs ? kWgs * kTileBytes : 0);
+  static constexpr int kDenAt = kVectorAt + kStages * kVectorStage;
+  static constexpr int kSumAt = kDenAt + 2 * 256;
+  static constexpr int kNormalizerAt = kSumAt + 2 * 256;
+  static constexpr int kBarrierAt = kNormalizerAt + kDim * 4;
   // Tiles are aligned to 1024 bytes, which dynamic shared memory need not be.
-  static constexpr int kBytes = kBarrierAt + 256 + 1024;
+  static constexpr int kBytes = kBarrierAt + 384 + 1024;
 };
 
 // The shapes there are, as MACRO(name of the kernel, type, slabs, state warpgroups).
@@ -72,7 +73,7 @@ struct HopperShape {
   MACRO(NAME##_128x128, T, 2, 2)            \
   MACRO(NAME##_256x128, T, 4, 2)
 
-// Barriers, two stages each.
+// Barriers, one for each stage; of the scores there are always two.
 enum Barrier : int {
   kQueryFull,
   kQueryEmpty,
@@ -83,7 +84,6 @@ enum Barrier : int {
   kScoreFull,
   kScoreEmpty,
   kDenFull,
-  kNormalizerFull,
   kClean,  // not by stage: only a sequence's last chunk needs it
   kBarriers,
 };
@@ -95,21 +95,18 @@ __device__ __forceinline__ uint32_t swizzled(uint32_t tile, int row, int piece) 
   return tile + row * 128 + ((piece ^ (row & 7)) << 4);
 }
 
-// A (64 columns of DHHV as rows x 64 tokens) of a times v, for the update of the state.
+// A (64 columns of DHHV as rows x 16 tokens, of 64) of a times v, for the update of the state.
 template <typename T>
-__device__ __forceinline__ void weighted_values(uint32_t (&a)[4][4], uint32_t tile, uint32_t vector,
-                                                int lane, int warp) {
+__device__ __forceinline__ void weighted_values(uint32_t (&a)[4], int j, uint32_t tile,
+                                                uint32_t vector, int lane, int warp) {
+  load_matrices_transposed(
+      swizzled(tile, j * 16 + (lane & 7) + (lane >> 4) * 8, warp * 2 + (lane >> 3 & 1)), a);
+  float4 x = load_shared_4(vector + (lane & 3) * 64 + j * 16);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    load_matrices_transposed(
-        swizzled(tile, j * 16 + (lane & 7) + (lane >> 4) * 8, warp * 2 + (lane >> 3 & 1)), a[j]);
-    float4 x = load_shared_4(vector + (lane & 3) * 64 + j * 16);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float first, second;
-      unpack<T>(a[j][i], first, second);
-      a[j][i] = pack_operand<T>(first * (i < 2 ? x.x : x.z), second * (i < 2 ? x.y : x.w));
-    }
+  for (int i = 0; i < 4; ++i) {
+    float first, second;
+    unpack<T>(a[i], first, second);
+    a[i] = pack_operand<T>(first * (i < 2 ? x.x : x.z), second * (i < 2 ? x.y : x.w));
   }
 }
 
@@ -129,20 +126,18 @@ struct Block {
   const Args& args;
   uint32_t base;
   int row, head, batch;
-  int slab0;     // first of the block's 64-column slabs of DHHV
-  int slice;     // slab0 / kWgs
+  int slab0;      // first of the block's 64-column slabs of DHHV
   int segment;
-  int count;     // chunks of the segment
-  int64_t first; // its first chunk
-  int token0;    // and that one's first token, unless sequences are packed
-  bool ends;     // the sequence ends with it
+  int count;      // chunks of the segment
+  int64_t first;  // its first chunk
+  int token0;     // and that one's first token, unless sequences are packed
+  bool ends;      // the sequence ends with it
 
   __device__ __forceinline__ Block(const HopperArgs& from, unsigned char* smem)
       : hopper(from), args(from.args), base((shared_address(smem) + 1023) & ~1023u) {
     uint32_t id = blockIdx.x;
     const uint32_t slices = div_up(args.dhhv, 64 * Shape::kWgs);
-    slice = id % slices;
-    slab0 = slice * Shape::kWgs;
+    slab0 = static_cast<int>(id % slices) * Shape::kWgs;
     id /= slices;
     // The kernel of the segments' own states leaves out the last one.
     segment = id % args.segment_grid;
@@ -150,14 +145,23 @@ struct Block {
     head = id % args.nh;
     row = id / args.nh;
     batch = batch_of(args, row);
+  }
+
+  // Its chunks, which the kernel before may have to find first.
+  __device__ __forceinline__ void locate() {
     const int64_t begin = first_chunk(args, row);
     const int64_t chunks = first_chunk(args, row + 1) - begin;
     const int64_t per = (chunks + args.segments - 1) / args.segments;
-    const int64_t from_chunk = min(segment * per, chunks);
-    count = static_cast<int>(min(per, chunks - from_chunk));
-    first = begin + from_chunk;
-    token0 = static_cast<int>(from_chunk * 64);
-    ends = chunks == 0 ? segment == 0 : count > 0 && from_chunk + count == chunks;
+    const int64_t from = min(segment * per, chunks);
+    count = static_cast<int>(min(per, chunks - from));
+    first = begin + from;
+    token0 = static_cast<int>(from * 64);
+    ends = chunks == 0 ? segment == 0 : count > 0 && from + count == chunks;
+  }
+
+  // Whether it writes what all slices of DHHV have alike; computed anew, for want of registers.
+  __device__ __forceinline__ bool is_first_slice() const {
+    return opaque(static_cast<int>(blockIdx.x)) % div_up(args.dhhv, 64 * Shape::kWgs) == 0;
   }
 
   // ---- shared memory
@@ -178,22 +182,22 @@ struct Block {
     return base + Shape::kOutputAt + group * kTileBytes;
   }
   __device__ __forceinline__ uint32_t vectors(int stage) const {
-    return base + Shape::kVectorAt + stage * kVectorBytes;
-  }
-  __device__ __forceinline__ uint32_t parts(int stage) const {
-    return base + Shape::kPartAt + stage * Shape::kPartBytes;
+    return base + Shape::kVectorAt + stage * kVectorStage;
   }
   __device__ __forceinline__ uint32_t den(int stage) const {
     return base + Shape::kDenAt + stage * 256;
   }
+  __device__ __forceinline__ uint32_t sums(int stage) const {
+    return base + Shape::kSumAt + stage * 256;
+  }
   __device__ __forceinline__ uint32_t bar(Barrier which, int stage) const {
-    return base + Shape::kBarrierAt + which * 16 + stage * 8;
+    return base + Shape::kBarrierAt + which * 32 + stage * 8;
   }
 
-  // Barriers, and the rows of n in the k tiles: those it never writes must hold numbers.
+  // Barriers, and the rows for n in the k tiles: those never written must hold numbers.
   __device__ __forceinline__ void prepare() const {
     if (threadIdx.x == 0) {
-      for (int stage = 0; stage < 2; ++stage) {
+      for (int stage = 0; stage < 4; ++stage) {
         barrier_init(bar(kQueryFull, stage), 1);
         barrier_init(bar(kQueryEmpty, stage), 1 + Shape::kWgs);
         barrier_init(bar(kKeyFull, stage), 1);
@@ -203,12 +207,11 @@ struct Block {
         barrier_init(bar(kScoreFull, stage), 128);
         barrier_init(bar(kScoreEmpty, stage), Shape::kWgs);
         barrier_init(bar(kDenFull, stage), 4);
-        barrier_init(bar(kNormalizerFull, stage), 4 * Shape::kWgs);
         barrier_init(bar(kClean, stage), 128);
       }
       barrier_init_fence();
     }
-    for (int i = threadIdx.x; i < 2 * Shape::kSlabs * 256; i += Shape::kThreads) {
+    for (int i = threadIdx.x; i < Shape::kStages * Shape::kSlabs * 256; i += Shape::kThreads) {
       store_shared(base + Shape::kKeyAt + i / 256 * kKeyTileBytes + kTileBytes + i % 256 * 4, 0u);
     }
     async_proxy_fence();
@@ -217,10 +220,6 @@ struct Block {
 
   // ---- chunks
 
-  __device__ __forceinline__ float decay(int i) const {
-    return i < count ? __ldg(static_cast<const float*>(args.g) + chunk_index(args, first + i, head))
-                     : 0.0f;
-  }
   __device__ __forceinline__ int start(int i) const {
     return args.chunks != nullptr ? static_cast<int>(args.chunks[first + i].start) : token0 + i * 64;
   }
@@ -229,23 +228,25 @@ struct Block {
     return min(static_cast<int>(args.s) - start(i), 64);
   }
 
-  // Whether the tiles of a chunk of `len` tokens hold those of the next sequence as well, which
-  // must not count, not even as 0 times NaN. (Beyond the end of the tensor tiles are zero.)
-  __device__ __forceinline__ bool unclean(int len) const {
-    return args.chunks != nullptr && len < 64;
+  // Whether a chunk's tiles hold tokens of the next sequence as well, which must not count, not even
+  // as 0 times NaN. (Beyond the end of the tensor tiles are zero.)
+  __device__ __forceinline__ bool unclean(int i) const {
+    return args.chunks != nullptr && length(i) < 64;
   }
   // By one warpgroup, which goes on at once; the others wait for kClean, phase 0: it happens once.
-  __device__ __forceinline__ void clean(int stage, uint32_t phase, int len) const {
-    barrier_wait(bar(kValueFull, stage), phase);
+  __device__ __forceinline__ void clean(int i) const {
+    const int stage = Shape::stage(i);
+    const int len = length(i);
+    barrier_wait(bar(kValueFull, stage), Shape::phase(i));
     const int words = (64 - len) * 32;
-    for (int i = threadIdx.x % 128; i < words; i += 128) {
+    for (int x = threadIdx.x % 128; x < words; x += 128) {
 #pragma unroll 1
       for (int j = 0; j < Shape::kSlabs; ++j) {
-        store_shared(key(stage) + j * kKeyTileBytes + len * 128 + i * 4, 0u);
+        store_shared(key(stage) + j * kKeyTileBytes + len * 128 + x * 4, 0u);
       }
 #pragma unroll 1
       for (int j = 0; j < Shape::kWgs; ++j) {
-        store_shared(value(stage, j) + len * 128 + i * 4, 0u);
+        store_shared(value(stage, j) + len * 128 + x * 4, 0u);
       }
     }
     async_proxy_fence();
@@ -253,112 +254,105 @@ struct Block {
     barrier_arrive(bar(kClean, 0));
   }
 
-  // ---- loads, by one thread
+  // ---- loads, by a warpgroup: its warps issue a part each, for issuing takes long
 
-  __device__ __forceinline__ void load_queries(int i) const {
-    const int stage = i & 1;
-    barrier_wait(bar(kQueryEmpty, stage), (i >> 1 & 1) ^ 1);
-    barrier_expect(bar(kQueryFull, stage), Shape::kQueryBytes);
-    load_box(query(stage), &hopper.q, bar(kQueryFull, stage), start(i), 0, head, batch);
-  }
-  __device__ __forceinline__ void load_keys(int i) const {
-    const int stage = i & 1;
-    const uint32_t parity = (i >> 1 & 1) ^ 1;
-    const int token = start(i);
-    barrier_wait(bar(kKeyEmpty, stage), parity);
-    barrier_expect(bar(kKeyFull, stage), Shape::kSlabs * kTileBytes + kVectorBytes);
+  __device__ __forceinline__ void load_keys(int i, int warp) const {
+    if (i < count && elect_one()) {
+      const int stage = Shape::stage(i);
+      const uint32_t full = bar(kKeyFull, stage);
+      constexpr int kHalf = (Shape::kSlabs + 1) / 2;
+      if (warp < 2) barrier_wait(bar(kKeyEmpty, stage), Shape::phase(i) ^ 1);
+      if (warp == 0) {
+        barrier_expect(full, Shape::kSlabs * kTileBytes + kPackedFloats * 4);
 #pragma unroll
-    for (int j = 0; j < Shape::kSlabs; ++j) {
-      load_box(key(stage) + j * kKeyTileBytes, &hopper.k, bar(kKeyFull, stage), token, j, head, batch);
-    }
-    load_bytes(vectors(stage),
-               args.packed + chunk_index(args, first + i, head) * (kPackedVectors * 64),
-               kVectorBytes, bar(kKeyFull, stage));
-    barrier_wait(bar(kValueEmpty, stage), parity);
-    barrier_expect(bar(kValueFull, stage), Shape::kValueBytes);
-    load_box(value(stage, 0), &hopper.v, bar(kValueFull, stage), token, slab0, head, batch);
-  }
-
-  // By one warp.
-  __device__ __forceinline__ void load_queries_ahead(int i) const {
-    if (i < count && elect_one()) load_queries(i);
-    __syncwarp();
-  }
-  __device__ __forceinline__ void load_keys_ahead(int i) const {
-    if (i < count && elect_one()) load_keys(i);
-    __syncwarp();
-  }
-
-  // ---- n
-
-  // This warp's share of sum_y a_y k_y: rows 'share' of the k tile to its own rows of parts().
-  __device__ __forceinline__ void sum_keys(int stage, int share) const {
-    const int lane = opaque(static_cast<int>(threadIdx.x & 31));
-    const int in_row = lane / Shape::kRowLanes, piece = lane % Shape::kRowLanes;
-    const uint32_t keys = key(stage) + (piece >> 3) * kKeyTileBytes;
-    const uint32_t weights = vectors(stage) + kInputAt;
-    constexpr int kPasses = Shape::kRowsPerWarp / Shape::kRowsAtOnce;
-    constexpr int kBatch = kPasses < 4 ? kPasses : 4;
-    float sum[8] = {};
+        for (int j = 0; j < kHalf; ++j) load_key_slab(stage, i, j);
+      } else if (warp == 1) {
+        load_bytes(vectors(stage), args.packed + chunk_index(args, first + i, head) * kPackedFloats,
+                   kPackedFloats * 4, full);
 #pragma unroll
-    for (int pass = 0; pass < kPasses; pass += kBatch) {
-      uint4 k[kBatch];
-      float a[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int t = share * Shape::kRowsPerWarp + (pass + j) * Shape::kRowsAtOnce + in_row;
-        k[j] = load_shared_16(swizzled(keys, t, piece & 7));
-        a[j] = load_shared(weights + column_order(t) * 4);
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const uint32_t words[4] = {k[j].x, k[j].y, k[j].z, k[j].w};
-#pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          float first_of_two, second_of_two;
-          unpack<T>(words[x], first_of_two, second_of_two);
-          sum[2 * x] += a[j] * first_of_two;
-          sum[2 * x + 1] += a[j] * second_of_two;
-        }
+        for (int j = kHalf; j < Shape::kSlabs; ++j) load_key_slab(stage, i, j);
+      } else if (warp == 2) {
+        barrier_wait(bar(kValueEmpty, stage), Shape::phase(i) ^ 1);
+        barrier_expect(bar(kValueFull, stage), Shape::kValueBytes);
+        load_box(value(stage, 0), &hopper.v, bar(kValueFull, stage), start(i), slab0, head, batch);
       }
     }
-    const uint32_t to = parts(stage) +
-                        ((share * Shape::kRowsAtOnce + in_row) * Shape::kDim + piece * 8) * 4;
-    store_shared_4(to, sum[0], sum[1], sum[2], sum[3]);
-    store_shared_4(to + 16, sum[4], sum[5], sum[6], sum[7]);
     __syncwarp();
-    if (lane == 0) barrier_arrive(bar(kNormalizerFull, stage));
+  }
+  __device__ __forceinline__ void load_queries(int i, int warp) const {
+    if (warp == 3 && i < count && elect_one()) {
+      const int stage = Shape::stage(i);
+      barrier_wait(bar(kQueryEmpty, stage), Shape::phase(i) ^ 1);
+      barrier_expect(bar(kQueryFull, stage), Shape::kQueryBytes);
+      load_box(query(stage), &hopper.q, bar(kQueryFull, stage), start(i), 0, head, batch);
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void load_key_slab(int stage, int i, int j) const {
+    load_box(key(stage) + j * kKeyTileBytes, &hopper.k, bar(kKeyFull, stage), start(i), j, head,
+             batch);
   }
 
-  // The thread's two dims of n: 2 t and 2 t + 1 of the score warpgroup's thread t.
-  __device__ __forceinline__ bool holds_normalizer() const {
-    return threadIdx.x % 128 < Shape::kDim / 2;
-  }
-  __device__ __forceinline__ void add_normalizer(float (&n)[2], float g, int stage) const {
-    if (!holds_normalizer()) return;
-    float2 sum = make_float2(0.0f, 0.0f);
-    const uint32_t from = parts(stage) + threadIdx.x % 128 * 8;
+  // ---- n, by one warpgroup, in shared memory for want of registers: its threads with lane % 4 = 0
+  // take two dims of each slab
+
+  // Calls f(dim, j, half) for the thread's dims of `kCount` slabs from `first` on.
+  template <int kCount, typename F>
+  static __device__ __forceinline__ void each_dim(int first_slab, F f) {
+    if ((threadIdx.x & 3) != 0) return;
+    const int thread = opaque(static_cast<int>(threadIdx.x % 128));
 #pragma unroll
-    for (int j = 0; j < Shape::kParts; ++j) {
-      float2 x = load_shared_2(from + j * Shape::kDim * 4);
-      sum.x += x.x;
-      sum.y += x.y;
+    for (int j = 0; j < kCount; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        f((first_slab + j) * 64 + (thread >> 5) * 16 + (thread >> 2 & 7) + half * 8, j, half);
+      }
     }
-    n[0] = (g == 0.0f ? 0.0f : n[0] * g) + sum.x;
-    n[1] = (g == 0.0f ? 0.0f : n[1] * g) + sum.y;
   }
-  // n into a k tile, as the sum of row 64 and row 65.
-  __device__ __forceinline__ void put_normalizer(const float (&n)[2], int stage) const {
-    if (!holds_normalizer()) return;
-    const int t = threadIdx.x % 128;
-    const uint32_t rows = key(stage) + (t >> 5) * kKeyTileBytes + kTileBytes;
-    const int piece = (t & 31) >> 2;
-    const uint32_t whole = pack_operand<T>(n[0], n[1]);
-    float first_of_two, second_of_two;
-    unpack<T>(whole, first_of_two, second_of_two);
-    store_shared(rows + (piece << 4) + (t & 3) * 4, whole);
-    store_shared(rows + 128 + ((piece ^ 1) << 4) + (t & 3) * 4,
-                 pack_operand<T>(n[0] - first_of_two, n[1] - second_of_two));
+  __device__ __forceinline__ uint32_t normalizer(int d) const {
+    return base + Shape::kNormalizerAt + d * 4;
+  }
+
+  // sum_y a_y k_y over some slabs as the product k^T a of the two parts of a; left in flight.
+  template <int kCount>
+  __device__ __forceinline__ void sum_keys(float (&sum)[kCount][4], int first_slab,
+                                           int stage) const {
+    const uint64_t weights = operand(vectors(stage), 16, 1024);
+    const uint64_t keys =
+        operand(key(stage) + first_slab * kKeyTileBytes, kKeyTileBytes, 1024);
+    pin<4 * kCount>(sum[0]);
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        wgmma<1, 0>(sum[j], keys + j * (kKeyTileBytes / 16) + i * 128, weights + i * 2, i > 0, T{});
+      }
+    }
+    wgmma_commit();
+  }
+  // Waits for it and adds it, for the k tile of another stage.
+  template <int kCount>
+  __device__ __forceinline__ void add_keys(float (&sum)[kCount][4], int first_slab, int stage,
+                                           int next) const {
+    const float g = load_shared(vectors(stage) + kDecayAt);
+    wgmma_wait<0>();
+    pin<4 * kCount>(sum[0]);
+    each_dim<kCount>(first_slab, [&](int d, int j, int half) {
+      const float n = load_shared(normalizer(d));
+      // Columns 0 and 1 are a's two parts; the others are of no use.
+      put_normalizer(d, (g == 0.0f ? 0.0f : n * g) + (sum[j][2 * half] + sum[j][2 * half + 1]),
+                     next);
+    });
+  }
+  // n of a dim, and into a k tile as the sum of row 64 and row 65.
+  __device__ __forceinline__ void put_normalizer(int d, float n, int stage) const {
+    store_shared(normalizer(d), n);
+    const uint32_t row = key(stage) + d / 64 * kKeyTileBytes + kTileBytes + d % 8 * 2;
+    const int piece = d % 64 / 8;
+    const T whole = from_acc<T>(n);
+    store_shared(row + (piece << 4), whole);
+    store_shared(row + 128 + ((piece ^ 1) << 4), from_acc<T>(n - to_acc(whole)));
   }
 
   // ---- states at the ends of the segment
@@ -379,28 +373,23 @@ struct Block {
   }
 
   // The initial state, then what the segments before this one make of it.
-  __device__ __forceinline__ void first_normalizer(float (&n)[2]) const {
-    n[0] = n[1] = 0.0f;
-    if (!holds_normalizer()) return;
-    const int d = threadIdx.x % 128 * 2;
-    if (args.n_initial.data != nullptr) {
-      const float* from = at<float>(args.n_initial, row, head, 0) + d;
-      if (d < args.dhqk) n[0] = from[0];
-      if (d + 1 < args.dhqk) n[1] = from[1];
-    }
-    for (int j = 0; j < segment; ++j) {
-      const float g = segment_decay(j);
-      const float2 own = reinterpret_cast<const float2*>(segment_normalizer(j))[d / 2];
-      n[0] = (g == 0.0f ? 0.0f : n[0] * g) + own.x;
-      n[1] = (g == 0.0f ? 0.0f : n[1] * g) + own.y;
-    }
+  __device__ __forceinline__ void first_normalizer() const {
+    each_dim<Shape::kSlabs>(0, [&](int d, int, int) {
+      const bool given = args.n_initial.data != nullptr && d < args.dhqk;
+      float n = given ? at<float>(args.n_initial, row, head, 0)[d] : 0.0f;
+#pragma unroll 1
+      for (int j = 0; j < segment; ++j) {
+        const float g = segment_decay(j);
+        n = (g == 0.0f ? 0.0f : n * g) + segment_normalizer(j)[d];
+      }
+      put_normalizer(d, n, 0);
+    });
   }
-  __device__ __forceinline__ void last_normalizer(const float (&n)[2]) const {
-    if (!ends || slice != 0 || args.n_last.data == nullptr || !holds_normalizer()) return;
-    const int d = threadIdx.x % 128 * 2;
-    float* to = at<float>(args.n_last, row, head, 0) + d;
-    if (d < args.dhqk) to[0] = n[0];
-    if (d + 1 < args.dhqk) to[1] = n[1];
+  __device__ __forceinline__ void last_normalizer() const {
+    if (!ends || !is_first_slice() || args.n_last.data == nullptr) return;
+    each_dim<Shape::kSlabs>(0, [&](int d, int, int) {
+      if (d < args.dhqk) at<float>(args.n_last, row, head, 0)[d] = load_shared(normalizer(d));
+    });
   }
 
   __device__ __forceinline__ void first_state(float (&c)[32 * Shape::kSlabs], int group) const {

@@ -97,6 +97,7 @@ __device__ __forceinline__ uint32_t pack_operand<f16>(float x, float y) {
       MLSTM_NAMES_0 ", " MLSTM_NAMES_32 ", " MLSTM_NAMES_64 ", " MLSTM_NAMES_96,                \
       MLSTM_LIST(MLSTM_D32(0), MLSTM_D32(32), MLSTM_D32(64), MLSTM_D32(96)),                    \
       "%128, %129, %130, %131", "%132", "%133", "%134")                                         \
+  MLSTM_WGMMA_SHARED(T, TYPE, 8, "%0, %1, %2, %3", MLSTM_D4(0), "%4", "%5", "%6", "%7", "%8")   \
   MLSTM_WGMMA_SHARED(T, TYPE, 64, MLSTM_NAMES_0, MLSTM_D32(0), "%32", "%33", "%34", "%35",      \
                      "%36")                                                                     \
   MLSTM_WGMMA_SHARED(T, TYPE, 72, MLSTM_NAMES_0 ", %32, %33, %34, %35",                         \

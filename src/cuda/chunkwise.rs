@@ -99,7 +99,7 @@ pub(crate) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
         run.gates()?;
         run.tiled(&run.states_kernel("states")?)?;
         let tokens = p.b * p.nh * p.s;
-        run.launch_items(&format!("delta_{}", run.data()), tokens)?;
+        run.launch_items(&format!("delta_{}", run.data()), tokens, false)?;
         for kernel in [&dstates, &dv, &dq, &dk] {
             run.tiled(kernel)?;
         }
@@ -191,9 +191,10 @@ impl Run<'_> {
     }
 
     /// A kernel whose blocks take `rows` (of their geometry) items each.
-    fn launch_items(&self, name: &str, items: i64) -> Result<()> {
+    fn launch_items(&self, name: &str, items: i64, overlap: bool) -> Result<()> {
         let geometry = self.device.geometry(name).ok_or_else(|| no_kernel(name))?;
-        self.launch(name, ceil_div(items, i64::from(geometry.rows)))
+        let blocks = ceil_div(items, i64::from(geometry.rows));
+        self.device.launch(self.stream, name, blocks, overlap, &self.args)
     }
 
     fn acc(&self) -> &'static str {
@@ -269,34 +270,32 @@ impl Run<'_> {
     }
 
     fn gates(&self) -> Result<()> {
-        self.stabilizers()?;
-        self.launch_items(&format!("gates_emit_{}", self.acc()), self.chunks())
+        let acc = self.acc();
+        self.gates_by(&format!("gates_reduce_{acc}"), &format!("gates_emit_{acc}"))
     }
 
-    /// The gates' vectors for the Hopper kernels.
-    pub(super) fn packed_gates(&self) -> Result<()> {
-        self.stabilizers()?;
-        self.launch_items("gates_pack", self.chunks())
-    }
-
-    /// m at the start of every chunk, and what packed sequences need first.
-    fn stabilizers(&self) -> Result<()> {
-        if self.problem.num_seqs.is_some() {
+    /// The gates' vectors, in the form that the kernel `last` gives them, the chunks' effects on m by
+    /// `reduce`. Each kernel starts while the one before it runs, and waits; the first does not overlap
+    /// others'.
+    pub(super) fn gates_by(&self, reduce: &str, last: &str) -> Result<()> {
+        let packed = self.problem.num_seqs.is_some();
+        let stabilizer = self.problem.gate.has_stabilizer();
+        if packed {
             self.launch("chunk_table", 1)?;
         }
-        if self.problem.gate.has_stabilizer() {
-            self.launch_items("gates_reduce", self.chunks())?;
-            self.launch_items(&format!("gates_scan_{}", self.acc()), self.heads())?;
+        if stabilizer {
+            self.launch_items(reduce, self.chunks(), packed)?;
+            self.launch_items(&format!("gates_scan_{}", self.acc()), self.heads(), true)?;
         }
-        Ok(())
+        self.launch_items(last, self.chunks(), packed || stabilizer)
     }
 
     fn gate_gradients(&self) -> Result<()> {
         let acc = self.acc();
         if self.problem.gate.has_stabilizer() {
-            self.launch_items(&format!("gategrad_reduce_{acc}"), self.chunks())?;
-            self.launch_items(&format!("gategrad_scan_{acc}"), self.heads())?;
+            self.launch_items(&format!("gategrad_reduce_{acc}"), self.chunks(), false)?;
+            self.launch_items(&format!("gategrad_scan_{acc}"), self.heads(), false)?;
         }
-        self.launch_items(&format!("gategrad_emit_{acc}"), self.chunks())
+        self.launch_items(&format!("gategrad_emit_{acc}"), self.chunks(), false)
     }
 }

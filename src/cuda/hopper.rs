@@ -25,14 +25,14 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
         args,
     };
     run.device.enqueue(|| {
-        run.packed_gates()?;
+        run.gates_by("gates_reduce_fast", &format!("gates_pack_{}", run.data()))?;
         if plan.segments > 1 {
             hopper.args.segment_grid -= 1;
             let name = format!("hopper_segments_{shape}");
-            run.device.launch(stream, &name, blocks * (plan.segments - 1), false, &hopper)?;
+            run.device.launch(stream, &name, blocks * (plan.segments - 1), true, &hopper)?;
             hopper.args.segment_grid += 1;
         }
         let name = format!("hopper_forward_{shape}");
-        run.device.launch(stream, &name, blocks * plan.segments, false, &hopper)
+        run.device.launch(stream, &name, blocks * plan.segments, true, &hopper)
     })
 }

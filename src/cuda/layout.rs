@@ -9,8 +9,8 @@ use crate::problem::Problem;
 use crate::tensor::DType;
 use crate::workspace::{Carver, Workspace};
 
-/// A chunk's vectors for the Hopper kernels: `kPackedVectors` of 64 floats.
-const PACKED_BYTES: usize = 5 * 64 * 4;
+/// A chunk's vectors for the Hopper kernels: `kPackedFloats`.
+const PACKED_BYTES: usize = (6 * 64 + 4) * 4;
 
 /// Chunk states are padded to tiles of this many rows and columns.
 const TILE: i64 = 64;
@@ -118,7 +118,7 @@ fn carve(
         w: take(tokens, acc, generic),
         a: take(tokens, acc, generic),
         floor: take(tokens, acc, generic),
-        g: take(scalars, acc, true),
+        g: take(scalars, acc, generic),
         c_states: take(matrix, data, generic),
         n_states: take(vector, acc, generic),
         dc_states: take(matrix, data, backward),
