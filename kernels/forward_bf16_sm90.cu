@@ -2,3 +2,4 @@
 #include "forward_sm90.cuh"
 
 MLSTM_HOPPER_SHAPES(MLSTM_FORWARD, hopper_forward_bf16, mlstm::bf16)
+MLSTM_HOPPER_SPLIT(MLSTM_FORWARD, hopper_forward_bf16, mlstm::bf16)

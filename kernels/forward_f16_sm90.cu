@@ -2,3 +2,4 @@
 #include "forward_sm90.cuh"
 
 MLSTM_HOPPER_SHAPES(MLSTM_FORWARD, hopper_forward_f16, mlstm::f16)
+MLSTM_HOPPER_SPLIT(MLSTM_FORWARD, hopper_forward_f16, mlstm::f16)

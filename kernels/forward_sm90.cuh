@@ -1,7 +1,8 @@
 // The chunkwise forward on Hopper: one pass along the chunks of a sequence with the state in
 // registers. Formulas and buffers are those of params.cuh, with L = 64.
 //
-// A block owns 64 kWgs columns of DHHV of one sequence and head, over one segment of its chunks.
+// A block owns some columns of DHHV of one sequence and head, over one segment of its chunks
+// (HopperShape has the sizes). NOTES.md tells what was tried.
 //   state warpgroups   each holds C transposed, 64 columns of DHHV as rows x all of DHQK, in float
 //                      accumulators: they are the A operand of C^T q without leaving registers
 //   score warpgroup    P = D * (q k^T), the denominators, and n
@@ -10,8 +11,8 @@
 //   O^T = w O^T + v^T P^T  waits for the score warpgroup's P
 //   C^T += (a v)^T k       under which it scales O by 1/den and stores it
 // q and n meet in the product q k^T: n, split in two numbers of the data's type (their sum has its
-// digits), fills rows 64 and 65 of each k tile. Its new terms sum_y a_y k_y are a product too, with a
-// in two such numbers.
+// digits), fills rows 64 and 65 of each k tile. Its new terms sum_y a_y k_y are a product too, with
+// a in two such numbers.
 //
 // Segments run side by side: segment_states (segments_sm90.cu) leaves the states that each one adds
 // from zero, in the frame of its end, and a block puts together what the segments before its own
@@ -68,7 +69,8 @@ struct Scores {
       multiply(s, block.query(stage), block.key(stage));
       // For n after this chunk: under all that follows, if there are registers for it.
       constexpr bool kEarly = Shape::kSlabs < 4;
-      float keys[Shape::kSlabs][4];
+      constexpr int kPart = Shape::kSplit ? 4 : Shape::kSlabs;
+      float keys[kPart][4];
       if constexpr (kEarly) block.sum_keys(keys, 0, stage);
       const uint32_t vectors = block.vectors(stage);
       const int r0 = warp * 16 + (lane >> 2);
@@ -134,6 +136,10 @@ struct Scores {
       // n after this chunk, for the product with the next one's queries.
       if constexpr (!kEarly) block.sum_keys(keys, 0, stage);
       block.add_keys(keys, 0, stage, Shape::stage(i + 1));
+      if constexpr (Shape::kSplit) {
+        block.sum_keys(keys, kPart, stage);
+        block.add_keys(keys, kPart, stage, Shape::stage(i + 1));
+      }
       __syncwarp();
       if (lane == 0) barrier_arrive(block.bar(kKeyEmpty, stage));
       async_proxy_fence();
@@ -148,10 +154,10 @@ struct Outputs {
   const Block<T, Shape>& block;
   int group;  // which of the state warpgroups
 
-  using State = float[32 * Shape::kSlabs];
+  using State = typename Shape::State;
 
-  // O^T = C^T q^T, by half slabs: while one is multiplied, the next is packed and the last decayed, and
-  // between them meanwhile(0 ... 3) is called.
+  // O^T = C^T q^T, by half slabs: while one is multiplied, the next is packed and the last decayed,
+  // and between them meanwhile(0 ... 3) is called.
   template <typename F>
   static __device__ __forceinline__ void multiply(float (&o)[32], State& c, uint32_t q, float g,
                                                   F meanwhile) {
@@ -159,10 +165,10 @@ struct Outputs {
     uint32_t a[2][2][4];
     // Nothing is in flight here, but the compiler does not see as far as the last update's wait.
     wgmma_wait<0>();
-    pin<32 * Shape::kSlabs>(c);
+    pin<32 * Shape::kStateSlabs>(c);
     pin<32>(o);
 #pragma unroll
-    for (int h = 0; h < 2 * Shape::kSlabs; ++h) {
+    for (int h = 0; h < 2 * Shape::kStateSlabs; ++h) {
       if (h >= 2) wgmma_wait<1>();
       pin<16>(c + 16 * h);
 #pragma unroll
@@ -172,8 +178,8 @@ struct Outputs {
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        wgmma<0>(o, a[h & 1][i], b + (h / 2) * (kTileBytes / 16) + ((h & 1) * 2 + i) * 2,
-                 h + i > 0, T{});
+        wgmma<0>(o, a[h & 1][i], b + (h / 2) * (kTileBytes / 16) + ((h & 1) * 2 + i) * 2, h + i > 0,
+                 T{});
       }
       wgmma_commit();
       pin<16>(c + 16 * h);
@@ -182,13 +188,13 @@ struct Outputs {
       for (int i = 0; i < 16; ++i) {
         asm volatile("mul.f32 %0, %0, %1;" : "+f"(c[16 * h + i]) : "f"(g));
       }
-      if (Shape::kSlabs < 4) meanwhile(h);
-      if (Shape::kSlabs == 1) meanwhile(h + 2);
+      if (Shape::kStateSlabs < 4) meanwhile(h);
+      if (Shape::kStateSlabs == 1) meanwhile(h + 2);
     }
     wgmma_wait<0>();
     pin<32>(o);
     // A large state leaves no registers for it before.
-    if (Shape::kSlabs == 4) {
+    if (Shape::kStateSlabs == 4) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) meanwhile(j);
     }
@@ -199,14 +205,14 @@ struct Outputs {
   __device__ __forceinline__ void store(uint32_t tile, int i, int tid) const {
     if (!block.unclean(i)) {
       if (tid == 0) {
-        store_box(&block.hopper.h, tile, block.start(i), block.slab0 + group, block.head,
+        store_box(&block.hopper.h, tile, block.start(i), block.column_of(group) / 64, block.head,
                   block.batch);
         store_commit();
       }
       return;
     }
     const int len = block.length(i);
-    const int column = (block.slab0 + group) * 64;
+    const int column = block.column_of(group);
     if (column >= block.args.dhhv) return;
     for (int r = tid / 8; r < len; r += 16) {
       T* row = at<T>(block.args.h, block.batch, block.head, block.start(i) + r) + column;
@@ -230,6 +236,30 @@ struct Outputs {
       x[6] = w.z == 0.0f ? 0.0f : x[6] * w.z;
       x[7] = w.w == 0.0f ? 0.0f : x[7] * w.w;
     }
+  }
+
+  // The second half of DHQK gives its part of the outputs to the first, which adds it.
+  __device__ __forceinline__ void give(const float (&o)[32], int i) const {
+    if (i > 0) named_sync<kTakenBarrier, 256>();
+    const uint32_t to = block.exchange() + threadIdx.x % 128 * 16;
+#pragma unroll
+    for (int x = 0; x < 8; ++x) {
+      store_shared_4(to + x * 2048, o[4 * x], o[4 * x + 1], o[4 * x + 2], o[4 * x + 3]);
+    }
+    named_arrive<kGivenBarrier, 256>();
+  }
+  __device__ __forceinline__ void take(float (&o)[32], bool more) const {
+    named_sync<kGivenBarrier, 256>();
+    const uint32_t from = block.exchange() + threadIdx.x % 128 * 16;
+#pragma unroll
+    for (int x = 0; x < 8; ++x) {
+      const float4 part = load_shared_4(from + x * 2048);
+      o[4 * x] += part.x;
+      o[4 * x + 1] += part.y;
+      o[4 * x + 2] += part.z;
+      o[4 * x + 3] += part.w;
+    }
+    if (more) named_arrive<kTakenBarrier, 256>();
   }
 
   // h of one chunk through shared memory, and N.
@@ -284,34 +314,41 @@ struct Outputs {
       const uint32_t value = block.value(stage, group);
       const uint32_t vectors = block.vectors(stage);
       uint32_t a[4][4];
-      multiply(o, c, block.query(stage), g, [&](int j) {
-        weighted_values<T>(a[j], j, value, vectors + kInputAt, lane, warp);
-      });
+      multiply(o, c, block.query(stage) + block.dim_of(group) / 64 * kTileBytes, g,
+               [&](int j) { weighted_values<T>(a[j], j, value, vectors + kInputAt, lane, warp); });
       if (leader) barrier_arrive(block.bar(kQueryEmpty, stage));
       if (g == 0.0f) {
 #pragma unroll
-        for (int x = 0; x < 32 * Shape::kSlabs; ++x) c[x] = 0.0f;
+        for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] = 0.0f;
       }
 
       scale_queries(o, vectors + kWeightAt, lane);
-      barrier_wait(block.bar(kScoreFull, i & 1), i >> 1 & 1);
-      pin<32>(o);
-      pin<32 * Shape::kSlabs>(c);
-      wgmma_fence();
-      uint64_t values = operand(value, kTileBytes, 1024);
-      uint64_t scores = operand(block.score(i & 1), 16, 1024);
+      const uint32_t keys = block.key(stage) + block.dim_of(group) / 64 * kKeyTileBytes;
+      if (Shape::kSplit && group == 1) {
+        give(o, i);
+        wgmma_fence();
+        update_state<T, Shape>(c, a, keys);
+      } else {
+        if (Shape::kSplit) take(o, i + 1 < count);
+        barrier_wait(block.bar(kScoreFull, i & 1), i >> 1 & 1);
+        pin<32>(o);
+        pin<32 * Shape::kStateSlabs>(c);
+        wgmma_fence();
+        uint64_t values = operand(value, kTileBytes, 1024);
+        uint64_t scores = operand(block.score(i & 1), 16, 1024);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) wgmma<1, 0>(o, values + j * 128, scores + 2 * j, true, T{});
-      wgmma_commit();
-      update_state<T, Shape>(c, a, block.key(stage));
-      wgmma_wait<1>();
-      pin<32>(o);
-      barrier_wait(block.bar(kDenFull, i & 1), i >> 1 & 1);
-      put(o, i, writes_n);
-      if (leader) barrier_arrive(block.bar(kScoreEmpty, i & 1));
+        for (int j = 0; j < 4; ++j) wgmma<1, 0>(o, values + j * 128, scores + 2 * j, true, T{});
+        wgmma_commit();
+        update_state<T, Shape>(c, a, keys);
+        wgmma_wait<1>();
+        pin<32>(o);
+        barrier_wait(block.bar(kDenFull, i & 1), i >> 1 & 1);
+        put(o, i, writes_n);
+        if (leader) barrier_arrive(block.bar(kScoreEmpty, i & 1));
+      }
       if (group == Shape::kWgs - 1) block.load_queries(i + Shape::kStages, warp);
       wgmma_wait<0>();
-      pin<32 * Shape::kSlabs>(c);
+      pin<32 * Shape::kStateSlabs>(c);
       if (leader) {
         barrier_arrive(block.bar(kKeyEmpty, stage));
         barrier_arrive(block.bar(kValueEmpty, stage));
@@ -323,7 +360,6 @@ struct Outputs {
     block.last_state(c, group);
   }
 };
-
 
 template <typename T, typename Shape>
 __device__ __forceinline__ void forward(const HopperArgs& hopper, unsigned char* smem) {
@@ -347,13 +383,13 @@ __device__ __forceinline__ void forward(const HopperArgs& hopper, unsigned char*
   }
 }
 
-#define MLSTM_FORWARD(NAME, T, SLABS, WGS)                                                        \
-  extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)                                \
-      NAME(const __grid_constant__ mlstm::HopperArgs args) {                                      \
-    extern __shared__ unsigned char smem[];                                                       \
-    mlstm::forward<T, mlstm::HopperShape<SLABS, WGS>>(args, smem);                                \
-  }                                                                                               \
-  MLSTM_GEOMETRY(NAME, 64 * SLABS, 64 * WGS, 128 * (WGS + 1),                                     \
+#define MLSTM_FORWARD(NAME, T, SLABS, WGS)                                                      \
+  extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)                              \
+      NAME(const __grid_constant__ mlstm::HopperArgs args) {                                    \
+    extern __shared__ unsigned char smem[];                                                     \
+    mlstm::forward<T, mlstm::HopperShape<SLABS, WGS>>(args, smem);                              \
+  }                                                                                             \
+  MLSTM_GEOMETRY(NAME, 64 * SLABS, (mlstm::HopperShape<SLABS, WGS>::kColumns), 128 * (WGS + 1), \
                  (mlstm::HopperShape<SLABS, WGS>::kBytes))
 
 }  // namespace mlstm

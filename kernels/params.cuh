@@ -62,12 +62,12 @@ constexpr int kMaxChunk = 128;
 
 // The Hopper kernels take chunks of 64 tokens and their vectors in one piece per chunk and head,
 // `packed`: a as the sum of two numbers of the data's type, two rows of 64, the second with its
-// 16-byte pieces swapped in pairs (wgmma_sm90.cuh); in float w, a, row, col and floor, hi alone of row
-// and col (with kNear for kNever it has digits enough for 16-bit data); and g. Beyond the chunk's end
-// w = a = 0, row = 0, col = kNever, floor = 1. w, a and col stand in the order of columns
+// 16-byte pieces swapped in pairs (wgmma_sm90.cuh); in float w, a, row, col and floor, hi alone of
+// row and col (with kNear for kNever it has digits enough for 16-bit data); and g. Beyond the chunk's
+// end w = a = 0, row = 0, col = kNever, floor = 1. w, a and col stand in the order of columns
 // (column_order).
-constexpr int kPackedVectors = 64;                       // where the vectors start, in floats
-constexpr int kPackedDecay = kPackedVectors + 5 * 64;    // where g is
+constexpr int kPackedVectors = 64;                     // where the vectors start, in floats
+constexpr int kPackedDecay = kPackedVectors + 5 * 64;  // where g is
 constexpr int kPackedFloats = kPackedDecay + 4;
 constexpr double kNear = -256.0;
 constexpr int kMaxStepTokens = 16;

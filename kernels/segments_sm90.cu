@@ -10,9 +10,11 @@ namespace {
 template <typename T, typename Shape>
 __device__ __forceinline__ void sum_segment(const Block<T, Shape>& block) {
   // The slices of DHHV share the slabs of n out among them.
-  const int slices = div_up(block.args.dhhv, 64 * Shape::kWgs), slice = block.slab0 / Shape::kWgs;
+  const int slices = div_up(block.args.dhhv, Shape::kColumns);
+  const int slice = block.slab0 * 64 / Shape::kColumns;
   float decay = 1.0f;
-  block.template each_dim<Shape::kSlabs>(0, [&](int d, int, int) { block.put_normalizer(d, 0.0f, 0); });
+  block.template each_dim<Shape::kSlabs>(
+      0, [&](int d, int, int) { block.put_normalizer(d, 0.0f, 0); });
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
   for (int i = 0; i < Shape::kStages; ++i) block.load_keys(i, warp);
   const int count = block.count;
@@ -36,7 +38,9 @@ __device__ __forceinline__ void sum_segment(const Block<T, Shape>& block) {
       block.segment_normalizer(block.segment)[d] = load_shared(block.normalizer(d));
     });
   }
-  if (threadIdx.x == 0 && slice == 0) block.args.segment_g[block.segment_index(block.segment)] = decay;
+  if (threadIdx.x == 0 && slice == 0) {
+    block.args.segment_g[block.segment_index(block.segment)] = decay;
+  }
 }
 
 // C of one state warpgroup. While a chunk is added, the next one's values are weighted.
@@ -61,8 +65,8 @@ struct Sum {
     }
   }
 
-  __device__ __forceinline__ void add(float (&c)[32 * Shape::kSlabs], Weighted& now,
-                                      Weighted& next, int i, int count) const {
+  __device__ __forceinline__ void add(typename Shape::State& c, Weighted& now, Weighted& next,
+                                      int i, int count) const {
     const int stage = Shape::stage(i);
     block.decay_state(c, load_shared(block.vectors(stage) + kDecayAt));
     pin<32 * Shape::kSlabs>(c);
@@ -80,7 +84,7 @@ struct Sum {
   }
 
   __device__ __forceinline__ void run() const {
-    float c[32 * Shape::kSlabs];
+    typename Shape::State c;
 #pragma unroll
     for (int x = 0; x < 32 * Shape::kSlabs; ++x) c[x] = 0.0f;
     const int count = block.count;
@@ -115,13 +119,13 @@ __device__ __forceinline__ void segment_states(const HopperArgs& hopper, unsigne
 }  // namespace
 }  // namespace mlstm
 
-#define MLSTM_SEGMENTS(NAME, T, SLABS, WGS)                                                       \
-  extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)                                \
-      NAME(const __grid_constant__ mlstm::HopperArgs args) {                                      \
-    extern __shared__ unsigned char smem[];                                                       \
-    mlstm::segment_states<T, mlstm::HopperShape<SLABS, WGS, false>>(args, smem);                  \
-  }                                                                                               \
-  MLSTM_GEOMETRY(NAME, 64 * SLABS, 64 * WGS, 128 * (WGS + 1),                                     \
+#define MLSTM_SEGMENTS(NAME, T, SLABS, WGS)                                      \
+  extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)               \
+      NAME(const __grid_constant__ mlstm::HopperArgs args) {                     \
+    extern __shared__ unsigned char smem[];                                      \
+    mlstm::segment_states<T, mlstm::HopperShape<SLABS, WGS, false>>(args, smem); \
+  }                                                                              \
+  MLSTM_GEOMETRY(NAME, 64 * SLABS, 64 * WGS, 128 * (WGS + 1),                    \
                  (mlstm::HopperShape<SLABS, WGS, false>::kBytes))
 MLSTM_HOPPER_SHAPES(MLSTM_SEGMENTS, hopper_segments_bf16, mlstm::bf16)
 MLSTM_HOPPER_SHAPES(MLSTM_SEGMENTS, hopper_segments_f16, mlstm::f16)

@@ -16,8 +16,8 @@ struct HopperArgs {
   Args args;
 };
 
-// Parts of a chunk's vectors in shared memory, byte offsets; params.cuh has their meaning. They start
-// with the two rows of a, as a tile whose other rows do not matter.
+// Parts of a chunk's vectors in shared memory, byte offsets; params.cuh has their meaning. They
+// start with the two rows of a, as a tile whose other rows do not matter.
 constexpr int kWeightAt = kPackedVectors * 4;  // w, in the order of columns
 constexpr int kInputAt = kWeightAt + 256;      // a, in the order of columns
 constexpr int kRowAt = kInputAt + 256;         // row
@@ -29,34 +29,42 @@ constexpr int kVectorStage = 2048;
 constexpr int kTileBytes = 64 * 128;     // 64 tokens x 64 dims of 16 bits
 constexpr int kKeyTileBytes = 72 * 128;  // the same and 8 rows more, for n
 
-// DHQK up to 64 kSlabs; 64 kWgs of DHHV. kOutputs: with queries, scores and outputs.
+// DHQK up to 64 kSlabs. The state warpgroups hold 64 columns of DHHV each, or, where DHQK is too
+// large for one's registers (kSplit), a half each of DHQK for the same 64 columns. kOutputs: with
+// queries, scores and outputs.
 template <int kSlabs_, int kWgs_, bool kOutputs = true>
 struct HopperShape {
   static constexpr int kSlabs = kSlabs_;
   static constexpr int kWgs = kWgs_;
   static constexpr int kDim = 64 * kSlabs;
+  static constexpr bool kSplit = kSlabs > 4;
+  static constexpr int kColumns = 64 * (kSplit ? 1 : kWgs);  // of DHHV
+  static constexpr int kStateSlabs = kSplit ? kSlabs / 2 : kSlabs;
+  using State = float[32 * kStateSlabs];
   static constexpr int kThreads = 128 * (kWgs + 1);
 
   // The large state needs more registers than an even share; 216 x 2 + 72 is the whole pool.
-  static constexpr bool kUneven = kSlabs == 4 && kWgs == 2;
+  static constexpr bool kUneven = kStateSlabs == 4 && kWgs == 2;
   static constexpr int kStateRegisters = 216;
   static constexpr int kScoreRegisters = 72;
 
   // Chunks on their way: of large states there is room for two.
-  static constexpr int kStages = !kOutputs ? 4 : (kSlabs == 4 ? 2 : (kSlabs == 2 ? 3 : 4));
+  static constexpr int kStages = kSplit ? 1 : (!kOutputs ? 4 : (kSlabs == 4 ? 2 : 5 - kSlabs));
   static __device__ __forceinline__ int stage(int i) { return i % kStages; }
   static __device__ __forceinline__ uint32_t phase(int i) { return i / kStages & 1; }
 
   static constexpr int kQueryBytes = kOutputs ? kSlabs * kTileBytes : 0;
   static constexpr int kKeyBytes = kSlabs * kKeyTileBytes;
-  static constexpr int kValueBytes = kWgs * kTileBytes;
+  static constexpr int kValueBytes = kColumns / 64 * kTileBytes;
 
   static constexpr int kQueryAt = 0;
   static constexpr int kKeyAt = kQueryAt + kStages * kQueryBytes;
   static constexpr int kValueAt = kKeyAt + kStages * kKeyBytes;
   static constexpr int kScoreAt = kValueAt + kStages * kValueBytes;
   static constexpr int kOutputAt = kScoreAt + (kOutputs ? 2 * kTileBytes : 0);
-  static constexpr int kVectorAt = kOutputAt + (kOutputs ? kWgs * kTileBytes : 0);
+  // Partial outputs of the second half of DHQK, in float.
+  static constexpr int kExchangeAt = kOutputAt + (kOutputs ? kWgs * kTileBytes : 0);
+  static constexpr int kVectorAt = kExchangeAt + (kSplit ? 2 * kTileBytes : 0);
   static constexpr int kDenAt = kVectorAt + kStages * kVectorStage;
   static constexpr int kSumAt = kDenAt + 2 * 256;
   static constexpr int kNormalizerAt = kSumAt + 2 * 256;
@@ -72,6 +80,8 @@ struct HopperShape {
   MACRO(NAME##_128x64, T, 2, 1)             \
   MACRO(NAME##_128x128, T, 2, 2)            \
   MACRO(NAME##_256x128, T, 4, 2)
+// Of the forward alone.
+#define MLSTM_HOPPER_SPLIT(MACRO, NAME, T) MACRO(NAME##_512x64, T, 8, 2)
 
 // Barriers, one for each stage; of the scores there are always two.
 enum Barrier : int {
@@ -87,8 +97,10 @@ enum Barrier : int {
   kClean,  // not by stage: only a sequence's last chunk needs it
   kBarriers,
 };
-// Named barriers: a state warpgroup's own are 1 + group, their turns 4 and 5.
+// Named barriers: a state warpgroup's own are 1 + group; both meet at 4 and 5.
 constexpr int kScoreBarrier = 3;
+constexpr int kGivenBarrier = 4;  // the exchange is full
+constexpr int kTakenBarrier = 5;  // and empty again
 
 // A 16-byte piece of a row in a tile of 128-byte rows.
 __device__ __forceinline__ uint32_t swizzled(uint32_t tile, int row, int piece) {
@@ -112,7 +124,7 @@ __device__ __forceinline__ void weighted_values(uint32_t (&a)[4], int j, uint32_
 
 // C^T += (a v)^T k; left in flight.
 template <typename T, typename Shape>
-__device__ __forceinline__ void update_state(float (&c)[32 * Shape::kSlabs], uint32_t (&a)[4][4],
+__device__ __forceinline__ void update_state(typename Shape::State& c, uint32_t (&a)[4][4],
                                              uint32_t key) {
   uint64_t keys = operand(key, kKeyTileBytes, 1024);
 #pragma unroll
@@ -126,7 +138,7 @@ struct Block {
   const Args& args;
   uint32_t base;
   int row, head, batch;
-  int slab0;      // first of the block's 64-column slabs of DHHV
+  int slab0;  // first of the block's 64-column slabs of DHHV
   int segment;
   int count;      // chunks of the segment
   int64_t first;  // its first chunk
@@ -136,8 +148,8 @@ struct Block {
   __device__ __forceinline__ Block(const HopperArgs& from, unsigned char* smem)
       : hopper(from), args(from.args), base((shared_address(smem) + 1023) & ~1023u) {
     uint32_t id = blockIdx.x;
-    const uint32_t slices = div_up(args.dhhv, 64 * Shape::kWgs);
-    slab0 = static_cast<int>(id % slices) * Shape::kWgs;
+    const uint32_t slices = div_up(args.dhhv, Shape::kColumns);
+    slab0 = static_cast<int>(id % slices) * (Shape::kColumns / 64);
     id /= slices;
     // The kernel of the segments' own states leaves out the last one.
     segment = id % args.segment_grid;
@@ -161,7 +173,7 @@ struct Block {
 
   // Whether it writes what all slices of DHHV have alike; computed anew, for want of registers.
   __device__ __forceinline__ bool is_first_slice() const {
-    return opaque(static_cast<int>(blockIdx.x)) % div_up(args.dhhv, 64 * Shape::kWgs) == 0;
+    return opaque(static_cast<int>(blockIdx.x)) % div_up(args.dhhv, Shape::kColumns) == 0;
   }
 
   // ---- shared memory
@@ -173,7 +185,8 @@ struct Block {
     return base + Shape::kKeyAt + stage * Shape::kKeyBytes;
   }
   __device__ __forceinline__ uint32_t value(int stage, int group) const {
-    return base + Shape::kValueAt + stage * Shape::kValueBytes + group * kTileBytes;
+    return base + Shape::kValueAt + stage * Shape::kValueBytes +
+           (Shape::kSplit ? 0 : group * kTileBytes);
   }
   __device__ __forceinline__ uint32_t score(int stage) const {
     return base + Shape::kScoreAt + stage * kTileBytes;
@@ -181,6 +194,7 @@ struct Block {
   __device__ __forceinline__ uint32_t output(int group) const {
     return base + Shape::kOutputAt + group * kTileBytes;
   }
+  __device__ __forceinline__ uint32_t exchange() const { return base + Shape::kExchangeAt; }
   __device__ __forceinline__ uint32_t vectors(int stage) const {
     return base + Shape::kVectorAt + stage * kVectorStage;
   }
@@ -205,7 +219,7 @@ struct Block {
         barrier_init(bar(kValueFull, stage), 1);
         barrier_init(bar(kValueEmpty, stage), Shape::kWgs);
         barrier_init(bar(kScoreFull, stage), 128);
-        barrier_init(bar(kScoreEmpty, stage), Shape::kWgs);
+        barrier_init(bar(kScoreEmpty, stage), Shape::kSplit ? 1 : Shape::kWgs);
         barrier_init(bar(kDenFull, stage), 4);
         barrier_init(bar(kClean, stage), 128);
       }
@@ -221,15 +235,16 @@ struct Block {
   // ---- chunks
 
   __device__ __forceinline__ int start(int i) const {
-    return args.chunks != nullptr ? static_cast<int>(args.chunks[first + i].start) : token0 + i * 64;
+    return args.chunks != nullptr ? static_cast<int>(args.chunks[first + i].start)
+                                  : token0 + i * 64;
   }
   __device__ __forceinline__ int length(int i) const {
     if (args.chunks != nullptr) return args.chunks[first + i].len;
     return min(static_cast<int>(args.s) - start(i), 64);
   }
 
-  // Whether a chunk's tiles hold tokens of the next sequence as well, which must not count, not even
-  // as 0 times NaN. (Beyond the end of the tensor tiles are zero.)
+  // Whether a chunk's tiles hold tokens of the next sequence as well, which must not count, not
+  // even as 0 times NaN. (Beyond the end of the tensor tiles are zero.)
   __device__ __forceinline__ bool unclean(int i) const {
     return args.chunks != nullptr && length(i) < 64;
   }
@@ -245,7 +260,7 @@ struct Block {
         store_shared(key(stage) + j * kKeyTileBytes + len * 128 + x * 4, 0u);
       }
 #pragma unroll 1
-      for (int j = 0; j < Shape::kWgs; ++j) {
+      for (int j = 0; j < Shape::kColumns / 64; ++j) {
         store_shared(value(stage, j) + len * 128 + x * 4, 0u);
       }
     }
@@ -318,8 +333,7 @@ struct Block {
   __device__ __forceinline__ void sum_keys(float (&sum)[kCount][4], int first_slab,
                                            int stage) const {
     const uint64_t weights = operand(vectors(stage), 16, 1024);
-    const uint64_t keys =
-        operand(key(stage) + first_slab * kKeyTileBytes, kKeyTileBytes, 1024);
+    const uint64_t keys = operand(key(stage) + first_slab * kKeyTileBytes, kKeyTileBytes, 1024);
     pin<4 * kCount>(sum[0]);
     wgmma_fence();
 #pragma unroll
@@ -361,7 +375,7 @@ struct Block {
     return (static_cast<int64_t>(row) * args.nh + head) * (args.segments - 1) + j;
   }
   __device__ __forceinline__ float4* segment_state(int j, int group) const {
-    const int64_t groups = div_up(args.dhhv, 64 * Shape::kWgs) * Shape::kWgs;
+    const int64_t groups = div_up(args.dhhv, Shape::kColumns) * Shape::kWgs;
     return reinterpret_cast<float4*>(args.segment_c) +
            (segment_index(j) * groups + slab0 + group) * (16 * Shape::kDim) + threadIdx.x % 128;
   }
@@ -374,31 +388,37 @@ struct Block {
 
   // The initial state, then what the segments before this one make of it.
   __device__ __forceinline__ void first_normalizer() const {
-    each_dim<Shape::kSlabs>(0, [&](int d, int, int) {
-      const bool given = args.n_initial.data != nullptr && d < args.dhqk;
-      float n = given ? at<float>(args.n_initial, row, head, 0)[d] : 0.0f;
 #pragma unroll 1
-      for (int j = 0; j < segment; ++j) {
-        const float g = segment_decay(j);
-        n = (g == 0.0f ? 0.0f : n * g) + segment_normalizer(j)[d];
-      }
-      put_normalizer(d, n, 0);
-    });
+    for (int slab = 0; slab < Shape::kSlabs; ++slab) {
+      each_dim<1>(slab, [&](int d, int, int) {
+        const bool given = args.n_initial.data != nullptr && d < args.dhqk;
+        float n = given ? at<float>(args.n_initial, row, head, 0)[d] : 0.0f;
+#pragma unroll 1
+        for (int j = 0; j < segment; ++j) {
+          const float g = segment_decay(j);
+          n = (g == 0.0f ? 0.0f : n * g) + segment_normalizer(j)[d];
+        }
+        put_normalizer(d, n, 0);
+      });
+    }
   }
   __device__ __forceinline__ void last_normalizer() const {
     if (!ends || !is_first_slice() || args.n_last.data == nullptr) return;
-    each_dim<Shape::kSlabs>(0, [&](int d, int, int) {
-      if (d < args.dhqk) at<float>(args.n_last, row, head, 0)[d] = load_shared(normalizer(d));
-    });
+#pragma unroll 1
+    for (int slab = 0; slab < Shape::kSlabs; ++slab) {
+      each_dim<1>(slab, [&](int d, int, int) {
+        if (d < args.dhqk) at<float>(args.n_last, row, head, 0)[d] = load_shared(normalizer(d));
+      });
+    }
   }
 
-  __device__ __forceinline__ void first_state(float (&c)[32 * Shape::kSlabs], int group) const {
+  __device__ __forceinline__ void first_state(typename Shape::State& c, int group) const {
 #pragma unroll
-    for (int x = 0; x < 32 * Shape::kSlabs; ++x) c[x] = 0.0f;
+    for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] = 0.0f;
     if (args.c_initial.data != nullptr) move_state<true>(c, args.c_initial, group);
     // By parts, for the loads in flight take registers too.
 #pragma unroll
-    for (int h = 0; h < 2 * Shape::kSlabs; ++h) {
+    for (int h = 0; h < 2 * Shape::kStateSlabs; ++h) {
 #pragma unroll 1
       for (int j = 0; j < segment; ++j) {
         const float g = segment_decay(j);
@@ -416,39 +436,46 @@ struct Block {
     }
   }
   // In place, which the compiler would not do by itself. A decay of zero forgets, NaN included.
-  static __device__ __forceinline__ void decay_state(float (&c)[32 * Shape::kSlabs], float g) {
+  static __device__ __forceinline__ void decay_state(typename Shape::State& c, float g) {
 #pragma unroll
-    for (int x = 0; x < 32 * Shape::kSlabs; ++x) {
+    for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) {
       asm volatile("mul.f32 %0, %0, %1;" : "+f"(c[x]) : "f"(g));
     }
     if (g == 0.0f) {
 #pragma unroll
-      for (int x = 0; x < 32 * Shape::kSlabs; ++x) c[x] = 0.0f;
+      for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] = 0.0f;
     }
   }
-  __device__ __forceinline__ void last_state(float (&c)[32 * Shape::kSlabs], int group) const {
+  __device__ __forceinline__ void last_state(typename Shape::State& c, int group) const {
     if (ends && args.c_last.data != nullptr) move_state<false>(c, args.c_last, group);
   }
-  __device__ __forceinline__ void keep_segment(const float (&c)[32 * Shape::kSlabs],
-                                               int group) const {
+  __device__ __forceinline__ void keep_segment(const typename Shape::State& c, int group) const {
     float4* to = segment_state(segment, group);
 #pragma unroll
-    for (int x = 0; x < 8 * Shape::kSlabs; ++x) {
+    for (int x = 0; x < 8 * Shape::kStateSlabs; ++x) {
       to[x * 128] = make_float4(c[4 * x], c[4 * x + 1], c[4 * x + 2], c[4 * x + 3]);
     }
   }
 
+  // A state warpgroup's first column of DHHV and first row of C.
+  __device__ __forceinline__ int column_of(int group) const {
+    return (slab0 + (Shape::kSplit ? 0 : group)) * 64;
+  }
+  static __device__ __forceinline__ int dim_of(int group) {
+    return Shape::kSplit ? group * Shape::kDim / 2 : 0;
+  }
+
   // Between a caller's C and registers, 32 rows of C at a time through the warpgroup's output tile.
   template <bool kIn>
-  __device__ __forceinline__ void move_state(float (&c)[32 * Shape::kSlabs], const Tensor& tensor,
+  __device__ __forceinline__ void move_state(typename Shape::State& c, const Tensor& tensor,
                                              int group) const {
 #pragma unroll
-    for (int h = 0; h < 2 * Shape::kSlabs; ++h) {
+    for (int h = 0; h < 2 * Shape::kStateSlabs; ++h) {
       // Computed anew each time: there are no registers to keep it in.
       const uint32_t tile = opaque(static_cast<int>(output(group)));
       const int tid = opaque(static_cast<int>(threadIdx.x % 128));
       const uint32_t own = tile + ((tid & 3) * 128 + (tid >> 5) * 16 + (tid >> 2 & 7)) * 4;
-      const int column = (slab0 + group) * 64 + tid % 64;
+      const int column = column_of(group) + tid % 64;
       const int64_t origin = row * tensor.stride_b + head * tensor.stride_h + column;
       if constexpr (!kIn) {
 #pragma unroll
@@ -457,9 +484,11 @@ struct Block {
         }
         sync_group(group);
       }
-#pragma unroll 1
-      for (int r = tid / 64; r < 32; r += 2) {
-        const int d = h * 32 + r;
+      // Several loads in flight.
+#pragma unroll 8
+      for (int pair = 0; pair < 16; ++pair) {
+        const int r = 2 * pair + tid / 64;
+        const int d = dim_of(group) + h * 32 + r;
         const uint32_t element = tile + (r * 64 + tid % 64) * 4;
         const int64_t index = origin + d * tensor.stride_s;
         const bool inside = d < args.dhqk && column < args.dhhv;

@@ -100,7 +100,7 @@ fn suits_hopper(op: Op, problem: &Problem) -> bool {
         && !p.generic_engine
         && p.dtype.size() == 2
         && p.dhqk % 64 == 0
-        && p.dhqk <= 256
+        && p.dhqk <= 512
         && p.dhhv % 64 == 0
         && p.b > 0
         && p.nh > 0
@@ -110,7 +110,9 @@ fn suits_hopper(op: Op, problem: &Problem) -> bool {
 
 /// Columns of DHHV that one block of the Hopper kernels takes.
 pub(crate) const fn hopper_columns(problem: &Problem) -> i64 {
-    if problem.dhhv <= 64 && problem.dhqk <= 128 { 64 } else { 128 }
+    let narrow = problem.dhhv <= 64 && problem.dhqk <= 128;
+    // The halves of a large DHQK share a block's registers.
+    if narrow || problem.dhqk > 256 { 64 } else { 128 }
 }
 
 /// How many parts to cut sequences into. A multiprocessor runs one block at a time; a block takes
@@ -124,8 +126,9 @@ fn hopper_segments(problem: &Problem, num_chunks: i64) -> i64 {
     let p = problem;
     let chunks = ceil(num_chunks, p.num_seqs.unwrap_or(1));
     let blocks = p.state_rows() * p.nh * ceil(p.dhhv, hopper_columns(p));
-    // Thousands of blocks fill the machine as they are, and their product must not overflow.
-    if blocks > 4 * MULTIPROCESSORS {
+    // Thousands of blocks fill the machine as they are, and their product must not overflow. For the
+    // largest DHQK there is no kernel of segments.
+    if blocks > 4 * MULTIPROCESSORS || p.dhqk > 256 {
         return 1;
     }
     let cost = |segments: i64| {

@@ -80,6 +80,59 @@ fn the_generic_engine_can_be_asked_for() {
 }
 
 #[test]
+fn hopper_kernels_take_what_they_are_made_for() {
+    let hopper = Capabilities { has_cuda: true, hopper: true };
+    let base = ProblemSpec {
+        device: Device::Cuda,
+        dtype: DType::Bf16,
+        dhqk: 256,
+        dhhv: 512,
+        ..spec(4096)
+    };
+    let engine = |op: Op, spec: ProblemSpec| plan(op, &spec.validate(op).unwrap(), hopper).unwrap();
+    let suited = [
+        base,
+        ProblemSpec { dtype: DType::F16, s: 1, ..base },
+        ProblemSpec { dhqk: 512, dhhv: 1024, ..base },
+        ProblemSpec { dhqk: 64, dhhv: 64, b: 1, num_seqs: 5, ..base },
+    ];
+    for spec in suited {
+        for op in [Op::ChunkwiseFw, Op::ParallelFw] {
+            let plan = engine(op, spec);
+            assert_eq!((plan.engine, plan.chunk_size), (Engine::Hopper, 64), "{spec:?}");
+        }
+    }
+    let others = [
+        ProblemSpec { dtype: DType::F32, ..base },
+        ProblemSpec { dhqk: 96, ..base },
+        ProblemSpec { dhhv: 80, ..base },
+        ProblemSpec { dhqk: 576, ..base },
+        ProblemSpec { s: 0, ..base },
+        ProblemSpec { b: 0, ..base },
+    ];
+    for spec in others {
+        assert_eq!(engine(Op::ChunkwiseFw, spec).engine, Engine::Cuda, "{spec:?}");
+    }
+    assert_eq!(engine(Op::ChunkwiseBw, base).engine, Engine::Cuda);
+}
+
+#[test]
+fn long_sequences_of_few_heads_are_cut_in_segments() {
+    let hopper = Capabilities { has_cuda: true, hopper: true };
+    let segments = |b: i64, nh: i64, s: i64| {
+        let (device, dtype) = (Device::Cuda, DType::Bf16);
+        let spec =
+            ProblemSpec { device, dtype, b, nh, s, dhqk: 256, dhhv: 512, ..ProblemSpec::default() };
+        let problem = spec.validate(Op::ChunkwiseFw).unwrap();
+        plan(Op::ChunkwiseFw, &problem, hopper).unwrap().segments
+    };
+    assert_eq!(segments(8, 8, 8192), 1, "the machine is full as it is");
+    assert_eq!(segments(1, 8, 65536), 4, "32 blocks of 132 multiprocessors");
+    assert_eq!(segments(1, 8, 1024), 1, "too short to cut");
+    assert!(segments(1, 1, 65536) > 4);
+}
+
+#[test]
 fn plans_print_themselves() {
     let problem = spec(128).validate(Op::ChunkwiseFw).unwrap();
     let plan = plan(Op::ChunkwiseFw, &problem, NO_CUDA).unwrap();

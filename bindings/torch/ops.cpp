@@ -199,6 +199,8 @@ class Call {
   // Workspace for `op`, then `function`.
   template <class Args>
   void run(mlstm_op op, mlstm_status (*function)(const Args*), Args& args) {
+    // Spares the workspace that only unaligned tensors would need.
+    if (aligned_) problem.flags |= MLSTM_FLAG_ALIGNED;
     mlstm_requirements needs{};
     needs.struct_size = sizeof(needs);
     check(mlstm_query(op, &problem, &needs));
@@ -220,14 +222,19 @@ class Call {
   ScalarType compute;  // of n and m
 
  private:
-  static mlstm_tensor view(const Tensor& t, const void* data) {
+  mlstm_tensor view(const Tensor& t, const void* data) const {
     mlstm_tensor result{};
+    const int64_t item = t.element_size();
+    if (t.dim() == 4) aligned_ = aligned_ && reinterpret_cast<uintptr_t>(data) % 16 == 0;
     result.data = const_cast<void*>(data);
     result.dtype = dtype_of(t.scalar_type());
     result.rank = static_cast<int32_t>(t.dim());
     for (int64_t dim = 0; dim < std::min<int64_t>(t.dim(), 4); ++dim) {
       result.shape[dim] = t.size(dim);
       result.stride[dim] = t.stride(dim);
+      if (t.dim() == 4 && dim < 3 && t.size(dim) > 1) {
+        aligned_ = aligned_ && t.stride(dim) > 0 && t.stride(dim) * item % 16 == 0;
+      }
     }
     return result;
   }
@@ -235,6 +242,7 @@ class Call {
   const Tensor& q_;
   Place place_;
   std::deque<Tensor> copies_;
+  mutable bool aligned_ = true;  // see MLSTM_FLAG_ALIGNED
 };
 
 // Arguments with the inputs that all functions share.

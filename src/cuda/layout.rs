@@ -20,12 +20,13 @@ pub(super) const fn ceil_div(a: i64, b: i64) -> i64 {
     (a + b - 1) / b
 }
 
-/// DHQK as the Hopper kernels hold it: kernels are made for 64, 128 and 256.
+/// DHQK as the Hopper kernels hold it: kernels are made for 64, 128, 256 and 512.
 pub(super) const fn padded_dhqk(problem: &Problem) -> i64 {
     match problem.dhqk {
         ..=64 => 64,
         65..=128 => 128,
-        _ => 256,
+        129..=256 => 256,
+        _ => 512,
     }
 }
 

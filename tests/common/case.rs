@@ -133,7 +133,12 @@ impl Setup {
             problem.flags |= MLSTM_FLAG_NO_EPS;
         }
         // Without meaning on the CPU.
-        problem.flags |= options.pick(&[0, MLSTM_FLAG_ALLOW_TF32, MLSTM_FLAG_GENERIC_ENGINE]);
+        problem.flags |= options.pick(&[
+            0,
+            MLSTM_FLAG_ALLOW_TF32,
+            MLSTM_FLAG_GENERIC_ENGINE,
+            MLSTM_FLAG_ALIGNED,
+        ]);
         problem.gate_dtype = options.pick(&[0, case.dtype, MLSTM_F32]);
         problem.state_dtype = options.pick(if float64 {
             &[0, MLSTM_F64]

@@ -18,13 +18,24 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize(
     "dims",
-    [(64, 64), (64, 128), (128, 64), (128, 192), (192, 128), (256, 64), (256, 512), (64, 1024)],
+    [
+        (64, 64),
+        (64, 128),
+        (128, 64),
+        (128, 192),
+        (192, 128),
+        (256, 64),
+        (256, 512),
+        (64, 1024),
+        (320, 64),
+        (512, 192),
+    ],
 )
 def test_dims(dtype, dims):
     check(Case(dtype=dtype, s=200, dhqk=dims[0], dhhv=dims[1], b=2, seed=dims[0]))
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (256, 128)])
+@pytest.mark.parametrize("dims", [(64, 64), (256, 128), (512, 64)])
 @pytest.mark.parametrize("s", [1, 2, 7, 63, 64, 65, 127, 128, 129, 192, 1000])
 def test_lengths(s, dims):
     check(Case(dtype=BF16, s=s, dhqk=dims[0], dhhv=dims[1], seed=s))
@@ -55,10 +66,13 @@ def test_options(dtype, options):
 
 
 @pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("dims", [(64, 128), (256, 192)])
 @pytest.mark.parametrize("s", [2048, 4000, 8192])
-def test_segments(s, initial):
+def test_segments(s, dims, initial):
     """Few heads and long sequences: parts of a sequence run side by side."""
-    check(Case(dtype=BF16, b=1, nh=2, s=s, dhqk=64, dhhv=128, initial=initial, f_bias=4.0))
+    check(
+        Case(dtype=BF16, b=1, nh=2, s=s, dhqk=dims[0], dhhv=dims[1], initial=initial, f_bias=4.0)
+    )
 
 
 VARLEN = [
@@ -69,7 +83,7 @@ VARLEN = [
 ]
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (256, 128)])
+@pytest.mark.parametrize("dims", [(64, 64), (256, 128), (512, 64)])
 @pytest.mark.parametrize("offsets", VARLEN, ids=str)
 def test_packed(offsets, dims):
     check(
