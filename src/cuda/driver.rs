@@ -70,19 +70,25 @@ pub(super) fn tensor_map(view: &View, slabs: i64) -> Result<sys::CUtensorMap> {
     }
 }
 
-/// Whether a device is an H100 or H200; `None` if it cannot be told.
+/// Whether a device is an H100 or H200, or for -1 all of them are; `None` if it cannot be told, or if
+/// some are and some are not.
 pub(crate) fn is_hopper(index: i32) -> Option<bool> {
-    use sys::CUdevice_attribute as Attribute;
-    let count = slots().ok()?.len();
-    if usize::try_from(index).ok()? >= count {
-        return None;
+    let count = i32::try_from(slots().ok()?.len()).ok()?;
+    if index >= 0 {
+        return if index < count { compute_capability(index).map(|it| it == HOPPER) } else { None };
     }
-    let major = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
-    let minor = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
+    let first = is_hopper(0)?;
+    (1..count).all(|other| is_hopper(other) == Some(first)).then_some(first)
+}
+
+fn compute_capability(index: i32) -> Option<(c_int, c_int)> {
+    use sys::CUdevice_attribute as Attribute;
     let mut device = 0;
     // SAFETY: a device that there is, and a valid out pointer.
     check("cuDeviceGet", unsafe { sys::cuDeviceGet(&raw mut device, index) }).ok()?;
-    Some((attribute(device, major).ok()?, attribute(device, minor).ok()?) == HOPPER)
+    let major = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+    let minor = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
+    Some((attribute(device, major).ok()?, attribute(device, minor).ok()?))
 }
 
 /// Compute capability of the H100 and H200.

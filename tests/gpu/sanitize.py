@@ -11,6 +11,11 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         case.run("cuda", case.inputs())
     case = Case(dtype, b=1, s=130, cu_seqlens=[0, 0, 3, 70, 130], dhqk=64, dhhv=128)
     case.run("cuda", case.inputs())
+    if dtype.itemsize == 2:
+        # Segments, and DHQK in halves: kernels for the H100 and H200.
+        for s, dhqk in ((2100, 128), (130, 512)):
+            case = Case(dtype, b=1, nh=1, s=s, dhqk=dhqk, dhhv=64)
+            case.run("cuda", case.inputs(), backward=False)
     for tokens, width in ((1, 64), (3, 66), (9, 36)):
         Step(dtype, s=tokens, dhhv=width).run("cuda")
 torch.cuda.synchronize()

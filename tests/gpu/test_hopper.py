@@ -70,9 +70,7 @@ def test_options(dtype, options):
 @pytest.mark.parametrize("s", [2048, 4000, 8192])
 def test_segments(s, dims, initial):
     """Few heads and long sequences: parts of a sequence run side by side."""
-    check(
-        Case(dtype=BF16, b=1, nh=2, s=s, dhqk=dims[0], dhhv=dims[1], initial=initial, f_bias=4.0)
-    )
+    check(Case(dtype=BF16, b=1, nh=2, s=s, dhqk=dims[0], dhhv=dims[1], initial=initial, f_bias=4.0))
 
 
 VARLEN = [

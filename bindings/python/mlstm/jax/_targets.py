@@ -185,6 +185,9 @@ def _type(call, name, operands, sizes):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+_ALIGNED = 32  # MLSTM_FLAG_ALIGNED
+
+
 class _Problem(ctypes.Structure):
     _fields_ = [
         ("struct_size", ctypes.c_size_t),
@@ -207,8 +210,12 @@ class _Requirements(ctypes.Structure):
 def _workspace_size(call, operands, sizes, device):
     """Bytes of workspace; 0 for a problem that the library will refuse."""
     b, nh, s, dhqk, dhhv = (sizes[letter] for letter in "bhsde")
+    attributes = call.attributes._asdict()
+    # XLA's arrays are dense and start at multiples of 16 bytes; then their rows do, too, or not.
+    if all(dim * operands["q"].dtype.itemsize % 16 == 0 for dim in (dhqk, dhhv)):
+        attributes["flags"] |= _ALIGNED
     problem = _Problem(
-        **call.attributes._asdict(),
+        **attributes,
         struct_size=ctypes.sizeof(_Problem),
         b=b,
         nh=nh,
