@@ -328,6 +328,8 @@ struct Outputs {
         give(o, i);
         wgmma_fence();
         update_state<T, Shape>(c, a, keys);
+        // All of the warpgroup has read the vectors and values, as the other knows after put.
+        block.sync_group(group);
       } else {
         if (Shape::kSplit) take(o, i + 1 < count);
         barrier_wait(block.bar(kScoreFull, i & 1), i >> 1 & 1);
