@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A few small calls of every kernel, for compute-sanitizer; with --generic, of the kernels for every
-GPU alone."""
+"""A few small calls of every kernel, for compute-sanitizer; with --generic, of the kernels for
+every GPU alone."""
 
 import sys
 
