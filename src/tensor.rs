@@ -211,7 +211,10 @@ impl View {
         let mut merged: Vec<(i128, i128)> = Vec::with_capacity(dims.len());
         for (stride, size) in dims {
             match merged.last_mut() {
-                Some(outer) if outer.0 == stride * size => *outer = (stride, outer.1 * size),
+                // Saturating: sizes along which nothing moves have no bound.
+                Some(outer) if outer.0 == stride * size => {
+                    *outer = (stride, outer.1.saturating_mul(size));
+                }
                 _ => merged.push((stride, size)),
             }
         }
