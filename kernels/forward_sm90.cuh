@@ -224,17 +224,13 @@ struct Outputs {
   __device__ __forceinline__ void scale_queries(float (&o)[32], uint32_t vector, int lane) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float4 w = load_shared_4(vector + (lane & 3) * 64 + j * 16);
-      float* x = o + 8 * j;
+      const float4 w = load_shared_4(vector + (lane & 3) * 64 + j * 16);
       // A weight of zero forgets the state, NaN included.
-      x[0] = w.x == 0.0f ? 0.0f : x[0] * w.x;
-      x[1] = w.y == 0.0f ? 0.0f : x[1] * w.y;
-      x[2] = w.x == 0.0f ? 0.0f : x[2] * w.x;
-      x[3] = w.y == 0.0f ? 0.0f : x[3] * w.y;
-      x[4] = w.z == 0.0f ? 0.0f : x[4] * w.z;
-      x[5] = w.w == 0.0f ? 0.0f : x[5] * w.w;
-      x[6] = w.z == 0.0f ? 0.0f : x[6] * w.z;
-      x[7] = w.w == 0.0f ? 0.0f : x[7] * w.w;
+#pragma unroll
+      for (int x = 0; x < 8; ++x) {
+        const float weight = x < 4 ? (x & 1 ? w.y : w.x) : (x & 1 ? w.w : w.z);
+        o[8 * j + x] = weight == 0.0f ? 0.0f : o[8 * j + x] * weight;
+      }
     }
   }
 

@@ -78,37 +78,44 @@ __device__ __forceinline__ float power_of_2<float>(double x) {
 }
 
 // Effect of consecutive tokens on m: m -> max(m + decay, floor).
-struct MaxPlus {
-  double decay;
-  double floor;
+template <typename A>
+struct MaxPlusOf {
+  A decay;
+  A floor;
 };
+using MaxPlus = MaxPlusOf<double>;
 
-__device__ __forceinline__ MaxPlus then(MaxPlus first, MaxPlus second) {
-  return {first.decay + second.decay, fmax(first.floor + second.decay, second.floor)};
+template <typename A>
+__device__ __forceinline__ MaxPlusOf<A> then(MaxPlusOf<A> first, MaxPlusOf<A> second) {
+  return {first.decay + second.decay, max(first.floor + second.decay, second.floor)};
 }
 
-__device__ __forceinline__ double apply(MaxPlus tokens, double m) {
-  return fmax(m + tokens.decay, tokens.floor);
+template <typename A>
+__device__ __forceinline__ A apply(MaxPlusOf<A> tokens, A m) {
+  return max(m + tokens.decay, tokens.floor);
 }
 
 __device__ __forceinline__ MaxPlus no_tokens() { return {0.0, minus_infinity()}; }
 
-__device__ __forceinline__ MaxPlus shuffle_up(MaxPlus x, int delta) {
+template <typename A>
+__device__ __forceinline__ MaxPlusOf<A> shuffle_up(MaxPlusOf<A> x, int delta) {
   return {__shfl_up_sync(kFullWarp, x.decay, delta), __shfl_up_sync(kFullWarp, x.floor, delta)};
 }
 
 // Combination of all lanes up to and including this one.
-__device__ __forceinline__ MaxPlus inclusive_scan(MaxPlus x, int lane) {
+template <typename A>
+__device__ __forceinline__ MaxPlusOf<A> inclusive_scan(MaxPlusOf<A> x, int lane) {
   for (int delta = 1; delta < 32; delta *= 2) {
-    MaxPlus before = shuffle_up(x, delta);
+    MaxPlusOf<A> before = shuffle_up(x, delta);
     if (lane >= delta) x = then(before, x);
   }
   return x;
 }
 
-__device__ __forceinline__ double inclusive_sum(double x, int lane) {
+template <typename A>
+__device__ __forceinline__ A inclusive_sum(A x, int lane) {
   for (int delta = 1; delta < 32; delta *= 2) {
-    double before = __shfl_up_sync(kFullWarp, x, delta);
+    A before = __shfl_up_sync(kFullWarp, x, delta);
     if (lane >= delta) x += before;
   }
   return x;

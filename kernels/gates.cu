@@ -8,6 +8,7 @@
 // only.
 #include "gatemath.cuh"
 #include "overlap.cuh"
+#include "tile.cuh"
 
 namespace mlstm {
 namespace {
@@ -98,15 +99,6 @@ __device__ __forceinline__ void emit(const Args& args) {
 // ---- For the Hopper kernels: chunks of 64 tokens of 16-bit data, two per lane. What these add up
 // within a chunk is in float, whose errors are far below the data's; over chunks it stays in double.
 
-struct FastMaxPlus {
-  float decay;
-  float floor;
-};
-
-__device__ __forceinline__ FastMaxPlus then(FastMaxPlus first, FastMaxPlus second) {
-  return {first.decay + second.decay, fmaxf(first.floor + second.decay, second.floor)};
-}
-
 __device__ __forceinline__ float clamp_near(float x) {
   constexpr float kNearest = static_cast<float>(kNear / kLog2E);
   return x < kNearest ? kNearest : x;
@@ -122,12 +114,8 @@ struct LanePair {
 
 __device__ __forceinline__ float fast_gate(const Args& args, const Tensor& gate, int b, int h,
                                            int64_t t) {
-  int64_t index = b * gate.stride_b + h * gate.stride_h + t * gate.stride_s;
-  switch (args.gate_dtype) {
-    case kF32: return static_cast<const float*>(gate.data)[index];
-    case kBf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(gate.data)[index]);
-    default: return __half2float(static_cast<const __half*>(gate.data)[index]);
-  }
+  return load_any<float>(
+      gate.data, b * gate.stride_b + h * gate.stride_h + t * gate.stride_s, args.gate_dtype);
 }
 
 __device__ __forceinline__ LanePair lane_pair(const Args& args, int64_t c, int h, int lane) {
@@ -146,18 +134,13 @@ __device__ __forceinline__ LanePair lane_pair(const Args& args, int64_t c, int h
 }
 
 // Combination of all lanes up to and including this one.
-__device__ __forceinline__ FastMaxPlus lane_effects(const LanePair& pair, int lane) {
-  FastMaxPlus all = {0.0f, -INFINITY};
+__device__ __forceinline__ MaxPlusOf<float> lane_effects(const LanePair& pair, int lane) {
+  MaxPlusOf<float> all = {0.0f, -INFINITY};
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     if (j < pair.count) all = then(all, {pair.logf[j], pair.i[j]});
   }
-  for (int delta = 1; delta < 32; delta *= 2) {
-    FastMaxPlus before = {__shfl_up_sync(kFullWarp, all.decay, delta),
-                          __shfl_up_sync(kFullWarp, all.floor, delta)};
-    if (lane >= delta) all = then(before, all);
-  }
-  return all;
+  return inclusive_scan(all, lane);
 }
 
 __device__ __forceinline__ void reduce_fast(const Args& args) {
@@ -168,7 +151,7 @@ __device__ __forceinline__ void reduce_fast(const Args& args) {
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  FastMaxPlus all = lane_effects(lane_pair(args, c, h, lane), lane);
+  MaxPlusOf<float> all = lane_effects(lane_pair(args, c, h, lane), lane);
   if (lane == 31) {
     double* out = chunk_gates(args, c, h);
     out[0] = all.decay;
@@ -199,11 +182,9 @@ __device__ __forceinline__ void pack_vectors(const Args& args) {
   bool exponential = (args.flags & kExponential) != 0;
   float m = 0.0f;
   if (exponential) {
-    FastMaxPlus before = lane_effects(pair, lane);
-    before = {__shfl_up_sync(kFullWarp, before.decay, 1),
-              __shfl_up_sync(kFullWarp, before.floor, 1)};
+    MaxPlusOf<float> before = shuffle_up(lane_effects(pair, lane), 1);
     m = static_cast<float>(chunk_gates(args, c, h)[2]);
-    if (lane > 0) m = fmaxf(m + before.decay, before.floor);
+    if (lane > 0) m = apply(before, m);
   }
 
   constexpr float kToLog2 = static_cast<float>(kLog2E);
@@ -223,11 +204,7 @@ __device__ __forceinline__ void pack_vectors(const Args& args) {
       source[j] = kToLog2 * clamp_near(fast_logsigmoid(pair.i[j]));
     }
   }
-  float sum = step[0] + step[1];
-  for (int delta = 1; delta < 32; delta *= 2) {
-    float before = __shfl_up_sync(kFullWarp, sum, delta);
-    if (lane >= delta) sum += before;
-  }
+  float sum = inclusive_sum(step[0] + step[1], lane);
   float total = __shfl_sync(kFullWarp, sum, 31);
   float phi = __shfl_up_sync(kFullWarp, sum, 1);
   if (lane == 0) phi = 0.0f;

@@ -58,9 +58,7 @@ __device__ __forceinline__ Row row_of(const StepArgs& args, int b) {
   return row;
 }
 
-__device__ __forceinline__ float log_sigmoid(float x) {
-  return fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
-}
+__device__ __forceinline__ float log_sigmoid(float x) { return fast_logsigmoid(x); }
 __device__ __forceinline__ double log_sigmoid(double x) { return logsigmoid<double>(x); }
 
 template <typename Acc>

@@ -484,10 +484,8 @@ struct Block {
         }
         sync_group(group);
       }
-      // Several loads in flight.
-#pragma unroll 8
-      for (int pair = 0; pair < 16; ++pair) {
-        const int r = 2 * pair + tid / 64;
+#pragma unroll 1
+      for (int r = tid / 64; r < 32; r += 2) {
         const int d = dim_of(group) + h * 32 + r;
         const uint32_t element = tile + (r * 64 + tid % 64) * 4;
         const int64_t index = origin + d * tensor.stride_s;

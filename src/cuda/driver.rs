@@ -18,8 +18,7 @@ pub(super) struct Device {
     kernels: HashMap<String, Kernel>,
     /// Most shared memory a block can have, bytes.
     shared_limit: c_int,
-    /// Programmatic launches exist from compute capability 9.0 on.
-    overlaps: bool,
+    capability: (c_int, c_int),
 }
 
 /// The copy engine's name of a type.
@@ -75,14 +74,19 @@ pub(super) fn tensor_map(view: &View, slabs: i64) -> Result<sys::CUtensorMap> {
 pub(crate) fn is_hopper(index: i32) -> Option<bool> {
     let count = i32::try_from(slots().ok()?.len()).ok()?;
     if index >= 0 {
-        return if index < count { compute_capability(index).map(|it| it == HOPPER) } else { None };
+        return compute_capability(index).map(|it| it == HOPPER);
     }
     let first = is_hopper(0)?;
     (1..count).all(|other| is_hopper(other) == Some(first)).then_some(first)
 }
 
+/// Of an open device as it was read then; calls ask every time.
 fn compute_capability(index: i32) -> Option<(c_int, c_int)> {
     use sys::CUdevice_attribute as Attribute;
+    let slot = slots().ok()?.get(usize::try_from(index).ok()?)?;
+    if let Some(Ok(open)) = slot.get() {
+        return Some(open.capability);
+    }
     let mut device = 0;
     // SAFETY: a device that there is, and a valid out pointer.
     check("cuDeviceGet", unsafe { sys::cuDeviceGet(&raw mut device, index) }).ok()?;
@@ -245,7 +249,7 @@ impl Device {
             })?;
             load_functions(module, shared, &mut kernels)?;
         }
-        Ok(Self { context, kernels, shared_limit: shared, overlaps: major >= 9 })
+        Ok(Self { context, kernels, shared_limit: shared, capability: (major, minor) })
     }
 
     fn kernel(&self, name: &str) -> Result<&Kernel> {
@@ -302,7 +306,8 @@ impl Device {
             sharedMemBytes: kernel.geometry.shared.cast_unsigned(),
             hStream: stream.0.cast(),
             attrs: &raw mut attribute,
-            numAttrs: c_uint::from(overlap && self.overlaps),
+            // Programmatic launches exist from compute capability 9.0 on.
+            numAttrs: c_uint::from(overlap && self.capability.0 >= 9),
         };
         let mut parameters = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the kernel takes one T by value, which the driver copies before it returns.

@@ -76,6 +76,14 @@ fn nests(view: &View) -> bool {
     })
 }
 
+#[test]
+fn a_view_may_repeat_along_many_huge_dimensions() {
+    let element = view(4096, DType::F32, &[(i64::MAX, 0); 4]);
+    assert!(element.overlaps_itself());
+    assert!(element.overlaps(&view(4096, DType::F32, &[(1, 1)])));
+    assert!(!element.overlaps(&view(4100, DType::F32, &[(1, 1)])));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..Default::default() })]
 
