@@ -24,24 +24,18 @@ struct Tiled {
     grid: i64,
 }
 
+/// Sets the equally named members of kernel arguments from views.
+macro_rules! set {
+    ($args:ident from $views:ident: $($name:ident)*) => {
+        $($args.$name = Tensor::from(&$views.$name);)*
+    };
+}
+
 /// What every kernel of a forward is passed.
 pub(super) fn forward_args(call: &Fw, plan: &Plan, workspace: Workspace) -> Result<Args> {
     let (p, t) = (&call.problem, &call.tensors);
     let mut args = common(p, plan, &t.cu_seqlens, workspace, false)?;
-    args.q = Tensor::from(&t.q);
-    args.k = Tensor::from(&t.k);
-    args.v = Tensor::from(&t.v);
-    args.i = Tensor::from(&t.i);
-    args.f = Tensor::from(&t.f);
-    args.c_initial = Tensor::from(&t.c_initial);
-    args.n_initial = Tensor::from(&t.n_initial);
-    args.m_initial = Tensor::from(&t.m_initial);
-    args.h = Tensor::from(&t.h);
-    args.n = Tensor::from(&t.n);
-    args.m = Tensor::from(&t.m);
-    args.c_last = Tensor::from(&t.c_last);
-    args.n_last = Tensor::from(&t.n_last);
-    args.m_last = Tensor::from(&t.m_last);
+    set!(args from t: q k v i f c_initial n_initial m_initial h n m c_last n_last m_last);
     args.write_m = i32::from(t.m.is_some());
     args.vector_ok = i32::from([&t.q, &t.k, &t.v, &t.h].into_iter().all(View::has_aligned_rows));
     Ok(args)
@@ -63,29 +57,8 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
 pub(crate) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
     let (p, t) = (&call.problem, &call.tensors);
     let mut args = common(p, plan, &t.cu_seqlens, workspace, true)?;
-    args.q = Tensor::from(&t.q);
-    args.k = Tensor::from(&t.k);
-    args.v = Tensor::from(&t.v);
-    args.i = Tensor::from(&t.i);
-    args.f = Tensor::from(&t.f);
-    args.c_initial = Tensor::from(&t.c_initial);
-    args.n_initial = Tensor::from(&t.n_initial);
-    args.m_initial = Tensor::from(&t.m_initial);
-    args.h = Tensor::from(&t.h);
-    args.n = Tensor::from(&t.n);
-    args.m = Tensor::from(&t.m);
-    args.dh = Tensor::from(&t.dh);
-    args.dc_last = Tensor::from(&t.dc_last);
-    args.dn_last = Tensor::from(&t.dn_last);
-    args.dm_last = Tensor::from(&t.dm_last);
-    args.dq = Tensor::from(&t.dq);
-    args.dk = Tensor::from(&t.dk);
-    args.dv = Tensor::from(&t.dv);
-    args.di = Tensor::from(&t.di);
-    args.df = Tensor::from(&t.df);
-    args.dc_initial = Tensor::from(&t.dc_initial);
-    args.dn_initial = Tensor::from(&t.dn_initial);
-    args.dm_initial = Tensor::from(&t.dm_initial);
+    set!(args from t: q k v i f c_initial n_initial m_initial h n m dh dc_last dn_last dm_last dq
+        dk dv di df dc_initial dn_initial dm_initial);
     let vectors = [&t.q, &t.k, &t.v, &t.dh, &t.dq, &t.dk, &t.dv].into_iter().chain(&t.h);
     args.vector_ok = i32::from(vectors.into_iter().all(View::has_aligned_rows));
 
