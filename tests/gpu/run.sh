@@ -40,8 +40,8 @@ fi
 if [[ "${SANITIZE:-1}" != 0 ]]; then
   for tool in memcheck racecheck initcheck synccheck; do
     heading "compute-sanitizer $tool"
-    # racecheck does not follow bulk copies that complete on an mbarrier: it reports every read of
-    # what they bring, in all kernels for the H100 and H200.
+    # racecheck reports kernels for the H100 and H200, where it seems not to follow bulk copies that
+    # complete on an mbarrier (kernels/NOTES.md).
     engine=
     if [[ $tool == racecheck ]]; then engine=--generic; fi
     (cd tests/gpu && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
