@@ -7,8 +7,8 @@
 // Blocks have 128 threads unless said otherwise. The sigmoid gate (m = 0) needs one of the last two
 // only.
 #include "gatemath.cuh"
+#include "gates_sm90.cuh"
 #include "overlap.cuh"
-#include "tile.cuh"
 
 namespace mlstm {
 namespace {
@@ -96,52 +96,7 @@ __device__ __forceinline__ void emit(const Args& args) {
   if (lane == 0) static_cast<Acc*>(args.g)[chunk_index(args, c, h)] = power_of_2<Acc>(total);
 }
 
-// ---- For the Hopper kernels: chunks of 64 tokens of 16-bit data, two per lane. What these add up
-// within a chunk is in float, whose errors are far below the data's; over chunks it stays in double.
-
-__device__ __forceinline__ float clamp_near(float x) {
-  constexpr float kNearest = static_cast<float>(kNear / kLog2E);
-  return x < kNearest ? kNearest : x;
-}
-
-struct LanePair {
-  Chunk chunk;
-  int b;
-  int count;
-  float i[2];
-  float logf[2];
-};
-
-__device__ __forceinline__ float fast_gate(const Args& args, const Tensor& gate, int b, int h,
-                                           int64_t t) {
-  return load_any<float>(
-      gate.data, b * gate.stride_b + h * gate.stride_h + t * gate.stride_s, args.gate_dtype);
-}
-
-__device__ __forceinline__ LanePair lane_pair(const Args& args, int64_t c, int h, int lane) {
-  LanePair pair;
-  pair.chunk = chunk_at(args, c);
-  pair.b = batch_of(args, pair.chunk.row);
-  pair.count = max(0, min(2, pair.chunk.len - 2 * lane));
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    if (j >= pair.count) continue;
-    int64_t t = pair.chunk.start + 2 * lane + j;
-    pair.i[j] = fast_gate(args, args.i, pair.b, h, t);
-    pair.logf[j] = fast_logsigmoid(fast_gate(args, args.f, pair.b, h, t));
-  }
-  return pair;
-}
-
-// Combination of all lanes up to and including this one.
-__device__ __forceinline__ MaxPlusOf<float> lane_effects(const LanePair& pair, int lane) {
-  MaxPlusOf<float> all = {0.0f, -INFINITY};
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    if (j < pair.count) all = then(all, {pair.logf[j], pair.i[j]});
-  }
-  return inclusive_scan(all, lane);
-}
+// ---- For the Hopper kernels.
 
 __device__ __forceinline__ void reduce_fast(const Args& args) {
   start_dependents();
@@ -179,62 +134,36 @@ __device__ __forceinline__ void pack_vectors(const Args& args) {
   int h = static_cast<int>(item % args.nh);
   LanePair pair = lane_pair(args, c, h, lane);
   if (pair.chunk.len == 0) return;
+  FastVectors x = fast_vectors(args, pair, c, h, lane);
   bool exponential = (args.flags & kExponential) != 0;
-  float m = 0.0f;
-  if (exponential) {
-    MaxPlusOf<float> before = shuffle_up(lane_effects(pair, lane), 1);
-    m = static_cast<float>(chunk_gates(args, c, h)[2]);
-    if (lane > 0) m = apply(before, m);
-  }
-
-  constexpr float kToLog2 = static_cast<float>(kLog2E);
-  float step[2] = {}, source[2] = {}, token_m[2] = {};
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    if (j >= pair.count) continue;
-    if (exponential) {
-      float kept = pair.logf[j] + m;
-      token_m[j] = m = fmaxf(kept, pair.i[j]);
-      // At -inf nothing has been seen since a reset: the state is zero in any frame.
-      bool nothing = m == -INFINITY;
-      step[j] = kToLog2 * clamp_near(nothing ? m : kept - m);
-      source[j] = kToLog2 * clamp_near(nothing ? m : pair.i[j] - m);
-    } else {
-      step[j] = kToLog2 * clamp_near(pair.logf[j]);
-      source[j] = kToLog2 * clamp_near(fast_logsigmoid(pair.i[j]));
-    }
-  }
-  float sum = inclusive_sum(step[0] + step[1], lane);
-  float total = __shfl_sync(kFullWarp, sum, 31);
-  float phi = __shfl_up_sync(kFullWarp, sum, 1);
-  if (lane == 0) phi = 0.0f;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     int t = 2 * lane + j;
     int column = column_order(t);
     bool inside = j < pair.count;
-    phi += step[j];
-    packed.vector[0][column] = inside ? exp2f(phi) : 0.0f;
-    // Rounding may leave the difference of equal sums a little above 0.
-    float a = inside ? exp2f(fminf(total - phi, 0.0f) + source[j]) : 0.0f;
+    packed.vector[0][column] = inside ? exp2f(x.phi[j]) : 0.0f;
+    float a = inside ? fast_input(x, j) : 0.0f;
     packed.vector[1][column] = a;
     T high = static_cast<T>(a);
     packed.split[0][t] = high;
     packed.split[1][t ^ 8] = static_cast<T>(a - static_cast<float>(high));
-    packed.vector[2][t] = inside ? phi : 0.0f;
-    packed.vector[3][column] = inside ? source[j] - phi : static_cast<float>(kNever);
-    packed.vector[4][t] = inside && exponential ? exp2f(-kToLog2 * token_m[j]) : 1.0f;
-    packed.m[t] = token_m[j];
+    packed.vector[2][t] = inside ? x.phi[j] : 0.0f;
+    packed.vector[3][column] = inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
+    packed.vector[4][t] =
+        inside && exponential ? exp2f(-static_cast<float>(kLog2E) * x.m[j]) : 1.0f;
+    packed.m[t] = x.m[j];
   }
   __syncwarp();
 
   float* out = args.packed + chunk_index(args, c, h) * kPackedFloats;
-  for (int x = lane; x < kPackedDecay; x += 32) out[x] = reinterpret_cast<const float*>(&packed)[x];
+  for (int word = lane; word < kPackedDecay; word += 32) {
+    out[word] = reinterpret_cast<const float*>(&packed)[word];
+  }
   if (args.write_m != 0) {
     float* m_out = at<float>(args.m, pair.b, h, pair.chunk.start);
     for (int t = lane; t < pair.chunk.len; t += 32) m_out[t * args.m.stride_s] = packed.m[t];
   }
-  if (lane == 0) out[kPackedDecay] = exp2f(total);
+  if (lane == 0) out[kPackedDecay] = exp2f(x.total);
 }
 
 template <typename Acc>
