@@ -70,6 +70,26 @@ constexpr int kPackedVectors = 64;                     // where the vectors star
 constexpr int kPackedDecay = kPackedVectors + 5 * 64;  // where g is
 constexpr int kPackedFloats = kPackedDecay + 4;
 constexpr double kNear = -256.0;
+
+// Their backward's, also one piece per chunk and head, in floats: what the sweeps copy (a, w s inv and
+// w delta, in the order of columns, and g), then what makes the scores (row + log2(s inv); col in the
+// order of columns; the sign of delta / rho, 0 where delta is; inv). Beyond the chunk's end all are 0
+// but col, which is kNever.
+constexpr int kSourceAt = 0;             // byte offsets from here
+constexpr int kWsiAt = 256;
+constexpr int kWDeltaAt = 512;
+constexpr int kSweepDecayAt = 768;
+constexpr int kSweepFloats = 3 * 64 + 4;
+constexpr int kScoreRowAt = kSweepFloats * 4;
+constexpr int kScoreColAt = kScoreRowAt + 256;
+constexpr int kSignAt = kScoreColAt + 256;
+constexpr int kInvAt = kSignAt + 256;    // to here
+constexpr int kBackwardFloats = kSweepFloats + 4 * 64;
+
+// Chunks of the Hopper backward between two of its boundaries, counted from a sequence's start;
+// boundary 0 is before the first chunk, the last after the last one.
+constexpr int kGroupChunks = 16;
+
 constexpr int kMaxStepTokens = 16;
 
 // Bytes of shared memory that a block can have on every device served: compute capability 8.6 and
@@ -170,15 +190,23 @@ struct Args {
   // Hopper kernels only. A sequence's chunks are cut in `segments` parts that run side by side; what
   // each but the last adds to the state, from zero and in the frame of its end:
   // [R][NH][segments - 1] of
-  float* packed;         // [chunk_index][kPackedFloats]
+  float* packed;         // [chunk_index][kPackedFloats], the backward's [chunk_index][kBackwardFloats]
   float* segment_c;      // C, padded to [64-column groups of DHHV], in the order of registers
   float* segment_n;      // n
   float* segment_g;      // product of g
+  // Hopper backward only; the segments' states are two then, C's and dC's, plain [DHQK][DHHV].
+  void* scores;       // [2: dv's, dq's and dk's][chunk_index][64 queries][64 keys] of the data's type
+  void* boundary_c;   // [boundary_slot][NH] of C as bf16, padded and in the order of registers
+  float* boundary_n;  // [boundary_slot][NH] of n, padded
+  float* boundary_e;  // [boundary_slot][NH][boundary_parts]: parts of <dC, C> + <dn, n>
+  float* state_copies;  // of 16-bit states: [3: c_initial, dc_last, dc_initial][R][NH][DHQK][DHHV]
   int32_t segments;      // at least 1
   int32_t segment_grid;  // segments in the grid: all, or all but the last
+  int32_t boundary_parts;
+  int32_t unused;
 };
 
-static_assert(sizeof(Args) == 1152, "src/cuda/params.rs has the same size");
+static_assert(sizeof(Args) == 1200, "src/cuda/params.rs has the same size");
 
 // How a kernel wants to be launched, next to it in its module, where the host reads it: rows and
 // columns of a block's tile, threads, bytes of dynamic shared memory.
@@ -215,6 +243,18 @@ __device__ __forceinline__ int64_t token_index(const Args& args, int b, int h, i
 
 __device__ __forceinline__ int64_t chunk_index(const Args& args, int64_t c, int h) {
   return c * args.nh + h;
+}
+
+// Chunks in each segment of a sequence, for the backward: no boundary within a group.
+__device__ __forceinline__ int chunks_per_segment(const Args& args, int chunks) {
+  const int groups = (chunks + kGroupChunks - 1) / kGroupChunks;
+  return max(1, (groups + args.segments - 1) / args.segments) * kGroupChunks;
+}
+
+// Of a boundary of a row whose first chunk is given; a row has one more than groups.
+__device__ __forceinline__ int64_t boundary_slot(const Args& args, int64_t first, int row,
+                                                 int boundary) {
+  return first / kGroupChunks + 2 * static_cast<int64_t>(row) + boundary;
 }
 
 // Index of a chunk state: times DHQK_p * DHHV_p (c_states) or DHQK_p (n_states).

@@ -148,6 +148,9 @@ __device__ __forceinline__ void store_shared(uint32_t to, __nv_bfloat16 x) {
 __device__ __forceinline__ void store_shared(uint32_t to, __half x) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(__half_as_ushort(x)) : "memory");
 }
+__device__ __forceinline__ void store_shared_2(uint32_t to, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
+}
 __device__ __forceinline__ void store_shared_4(uint32_t to, float x, float y, float z, float w) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x), "f"(y), "f"(z), "f"(w)
                : "memory");

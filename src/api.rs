@@ -175,7 +175,7 @@ pub(crate) fn backward_views(
     stream: Stream,
 ) -> Result<()> {
     let problem = spec.validate(op)?;
-    let (plan, bytes) = decide_to_run(op, &problem, false)?;
+    let (plan, bytes) = decide_to_run(op, &problem, tensors.suit_copy_engine())?;
     let call = Bw::new(problem, tensors, &memory.view(bytes))?;
     let workspace = memory.get(bytes)?;
     match plan.engine {

@@ -84,7 +84,7 @@ pub fn plan(op: Op, problem: &Problem, capabilities: Capabilities) -> Option<Pla
     // Packed sequences each end in a chunk of their own.
     let num_chunks = (tokens + chunk_size - 1) / chunk_size + problem.num_seqs.unwrap_or(0);
     let segments = match engine {
-        Engine::Hopper => hopper_segments(problem, num_chunks),
+        Engine::Hopper => hopper_segments(op, problem, num_chunks),
         Engine::Cpu | Engine::Cuda => 1,
     };
     Some(Plan { op, engine, chunk_size, num_chunks, segments })
@@ -96,7 +96,8 @@ const HOPPER_CHUNK: i64 = 64;
 /// Whether there are Hopper kernels for it.
 fn suits_hopper(op: Op, problem: &Problem) -> bool {
     let p = problem;
-    matches!(op, Op::ChunkwiseFw | Op::ParallelFw)
+    let backward = matches!(op, Op::ChunkwiseBw | Op::ParallelBw);
+    op != Op::Step
         && !p.generic_engine
         && p.dtype.size() == 2
         && p.dhqk % 64 == 0
@@ -106,30 +107,50 @@ fn suits_hopper(op: Op, problem: &Problem) -> bool {
         && p.nh > 0
         // The copy engine counts tokens in 32 bits.
         && (1..1 << 30).contains(&p.s)
+        && (!backward || suits_hopper_backward(p))
+}
+
+/// What the backward needs beyond that: sweeps hold all of DHHV too, take logarithms of the scale, and
+/// count the tokens of all heads in 32 bits.
+fn suits_hopper_backward(problem: &Problem) -> bool {
+    let p = problem;
+    let chunks = (p.s + HOPPER_CHUNK - 1) / HOPPER_CHUNK + p.num_seqs.unwrap_or(0);
+    let heads = p.b.saturating_mul(p.nh);
+    p.dhhv <= 512
+        && p.qk_scale > 0.0
+        && heads.saturating_mul(chunks).saturating_mul(HOPPER_CHUNK) < 1 << 31
 }
 
 /// Columns of DHHV that one block of the Hopper kernels takes.
 pub(crate) const fn hopper_columns(problem: &Problem) -> i64 {
-    let narrow = problem.dhhv <= 64 && problem.dhqk <= 128;
-    // The halves of a large DHQK share a block's registers.
-    if narrow || problem.dhqk > 256 { 64 } else { 128 }
+    hopper_rows(problem.dhhv, problem.dhqk)
+}
+
+/// Of the state transposed, a block of the Hopper kernels takes so many of `rows`, and all `columns`.
+pub(crate) const fn hopper_rows(rows: i64, columns: i64) -> i64 {
+    let narrow = rows <= 64 && columns <= 128;
+    // The halves of many columns share a block's registers.
+    if narrow || columns > 256 { 64 } else { 128 }
 }
 
 /// How many parts to cut sequences into. A multiprocessor runs one block at a time; a block takes
 /// its chunks one after another, and with more than one part each but the last is first run for its
 /// state alone, which is taken to cost two fifths, and a kernel of its own the time of two chunks. (At
 /// B 1, S 65536 on an H200 it was 0.34 ms beside 0.76 for all the rest.)
-fn hopper_segments(problem: &Problem, num_chunks: i64) -> i64 {
+fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> i64 {
     const MULTIPROCESSORS: i64 = 132;
     const EXTRA_KERNEL: i64 = 10;
     const FEWEST_CHUNKS: i64 = 16;
     let ceil = |a: i64, b: i64| (a + b - 1) / b;
     let p = problem;
     let chunks = ceil(num_chunks, p.num_seqs.unwrap_or(1));
-    let blocks = p.state_rows() * p.nh * ceil(p.dhhv, hopper_columns(p));
+    // Of the backward, its sweeps for dq and dk count.
+    let backward = matches!(op, Op::ChunkwiseBw | Op::ParallelBw);
+    let (rows, columns) = if backward { (p.dhqk, p.dhhv) } else { (p.dhhv, p.dhqk) };
+    let blocks = p.state_rows() * p.nh * ceil(rows, hopper_rows(rows, columns));
     // Thousands of blocks fill the machine as they are, and their product must not overflow. For the
-    // largest DHQK there is no kernel of segments.
-    if blocks > 4 * MULTIPROCESSORS || p.dhqk > 256 {
+    // forward's largest DHQK there is no kernel of segments.
+    if blocks > 4 * MULTIPROCESSORS || (!backward && p.dhqk > 256) {
         return 1;
     }
     let cost = |segments: i64| {

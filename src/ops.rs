@@ -67,6 +67,14 @@ pub struct BwTensors {
     pub dm_initial: Option<View>,
 }
 
+impl BwTensors {
+    /// [`View::suits_copy_engine`] of all that it would copy.
+    pub fn suit_copy_engine(&self) -> bool {
+        let always = [&self.q, &self.k, &self.v, &self.dh, &self.dq, &self.dk, &self.dv];
+        always.into_iter().chain(&self.h).all(View::suits_copy_engine)
+    }
+}
+
 /// Tensors of a step: tokens as in a forward of S = 1 to 16, and pools of states
 /// C (num_slots, NH, DHQK, DHHV), n (num_slots, NH, DHQK), m (num_slots, NH). Without `*_dst` the
 /// pools are updated in place. Per row, all (B): `src_slots`, `dst_slots`, `has_state`,

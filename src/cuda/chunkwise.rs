@@ -53,15 +53,21 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     })
 }
 
-/// Enqueues a backward.
-pub(crate) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
+/// What every kernel of a backward is passed.
+pub(super) fn backward_args(call: &Bw, plan: &Plan, workspace: Workspace) -> Result<Args> {
     let (p, t) = (&call.problem, &call.tensors);
     let mut args = common(p, plan, &t.cu_seqlens, workspace, true)?;
     set!(args from t: q k v i f c_initial n_initial m_initial h n m dh dc_last dn_last dm_last dq
         dk dv di df dc_initial dn_initial dm_initial);
     let vectors = [&t.q, &t.k, &t.v, &t.dh, &t.dq, &t.dk, &t.dv].into_iter().chain(&t.h);
     args.vector_ok = i32::from(vectors.into_iter().all(View::has_aligned_rows));
+    Ok(args)
+}
 
+/// Enqueues a backward.
+pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
+    let p = &call.problem;
+    let args = backward_args(call, plan, workspace)?;
     let mut run = Run { device: driver::device(p.device_index)?, stream, problem: p, args };
     let dstates = run.states_kernel("dstates")?;
     run.args.e_tiles = params::size("dhhv", dstates.tiles)?;
@@ -140,6 +146,8 @@ fn common(
         buffers: layout::buffers(p, plan, backward, workspace),
         segments: params::size("segments", plan.segments)?,
         segment_grid: params::size("segments", plan.segments)?,
+        boundary_parts: 0,
+        unused: 0,
     })
 }
 
@@ -263,7 +271,7 @@ impl Run<'_> {
         self.launch_items(last, self.chunks(), packed || stabilizer)
     }
 
-    fn gate_gradients(&self) -> Result<()> {
+    pub(super) fn gate_gradients(&self) -> Result<()> {
         let acc = self.acc();
         if self.problem.gate.has_stabilizer() {
             self.launch_items(&format!("gategrad_reduce_{acc}"), self.chunks(), false)?;

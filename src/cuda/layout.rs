@@ -2,6 +2,7 @@
 
 use std::ptr::null_mut;
 
+use super::hopper_backward::Sweep;
 use super::params::Buffers;
 use crate::dispatch::{self, Engine, Plan};
 use crate::error::Result;
@@ -12,6 +13,15 @@ use crate::workspace::{Carver, Workspace};
 /// A chunk's vectors for the Hopper kernels: `kPackedFloats`.
 const PACKED_BYTES: usize = (6 * 64 + 4) * 4;
 
+/// The same for their backward: `kBackwardFloats`, of which the sweeps copy the first.
+const BACKWARD_BYTES: usize = (7 * 64 + 4) * 4;
+
+/// The scores of one chunk and head: 64 queries by 64 keys of 16 bits.
+pub(super) const SCORE_BYTES: usize = 64 * 64 * 2;
+
+/// `kGroupChunks`.
+const GROUP_CHUNKS: i64 = 16;
+
 /// Chunk states are padded to tiles of this many rows and columns.
 const TILE: i64 = 64;
 
@@ -20,9 +30,14 @@ pub(super) const fn ceil_div(a: i64, b: i64) -> i64 {
     (a + b - 1) / b
 }
 
-/// DHQK as the Hopper kernels hold it: kernels are made for 64, 128, 256 and 512.
+/// DHQK as the Hopper kernels hold it.
 pub(super) const fn padded_dhqk(problem: &Problem) -> i64 {
-    match problem.dhqk {
+    padded(problem.dhqk)
+}
+
+/// The dim that Hopper kernels are made for, 64, 128, 256 or 512, to hold this one.
+pub(super) const fn padded(dim: i64) -> i64 {
+    match dim {
         ..=64 => 64,
         65..=128 => 128,
         129..=256 => 256,
@@ -106,9 +121,22 @@ fn carve(
     let table = product(&[rows + 1]);
     let hopper = plan.engine == Engine::Hopper;
     let generic = !hopper;
-    let parts = product(&[rows, p.nh, plan.segments - 1]);
-    let columns = dispatch::hopper_columns(p);
-    let part = product(&[ceil_div(p.dhhv, columns) * columns, padded_dhqk(p)]);
+    let generic_backward = generic && backward;
+    let parts = product(&[if backward { 2 } else { 1 }, rows, p.nh, plan.segments - 1]);
+    let (part_c, part_n) = if backward {
+        (product(&[p.dhqk, p.dhhv]), p.dhqk as usize)
+    } else {
+        let columns = dispatch::hopper_columns(p);
+        let part = product(&[ceil_div(p.dhhv, columns) * columns, padded_dhqk(p)]);
+        (part, padded_dhqk(p) as usize)
+    };
+    let hopper_backward = hopper && backward;
+    let sweep = Sweep::of(p.dhqk, p.dhhv);
+    let boundaries = product(&[chunks / GROUP_CHUNKS + 2 * rows + 1, p.nh]);
+    let units = product(&[sweep.units()]);
+    let copies = if p.state_dtype == DType::F32 { 0 } else { 3 };
+    let packed_bytes = if backward { BACKWARD_BYTES } else { PACKED_BYTES };
+    let e_tiles = if hopper { 1 } else { e_tiles(p) as usize };
     Buffers {
         chunks: take(product(&[chunks]), 16, packed),
         first_chunk: take(table, 8, packed),
@@ -122,18 +150,23 @@ fn carve(
         g: take(scalars, acc, generic),
         c_states: take(matrix, data, generic),
         n_states: take(vector, acc, generic),
-        dc_states: take(matrix, data, backward),
-        dn_states: take(vector, acc, backward),
-        inv: take(tokens, acc, backward),
-        delta: take(tokens, acc, backward),
+        dc_states: take(matrix, data, generic_backward),
+        dn_states: take(vector, acc, generic_backward),
+        inv: take(tokens, acc, generic_backward),
+        delta: take(tokens, acc, generic_backward),
         dm: take(tokens, acc, backward),
         q_dq: take(tokens.saturating_mul(qk_tiles(p) as usize), acc, backward),
         k_dk: take(tokens.saturating_mul(qk_tiles(p) as usize), acc, backward),
-        e: take(scalars.saturating_mul(e_tiles(p) as usize), acc, backward),
-        e_first: take(product(&[rows, p.nh, e_tiles(p)]), acc, backward),
-        packed: take(scalars, PACKED_BYTES, hopper),
-        segment_c: take(parts.saturating_mul(part), 4, hopper),
-        segment_n: take(parts.saturating_mul(padded_dhqk(p) as usize), 4, hopper),
+        e: take(scalars.saturating_mul(e_tiles), acc, backward),
+        e_first: take(product(&[rows, p.nh]).saturating_mul(e_tiles), acc, backward),
+        packed: take(scalars, packed_bytes, hopper),
+        segment_c: take(parts.saturating_mul(part_c), 4, hopper),
+        segment_n: take(parts.saturating_mul(part_n), 4, hopper),
         segment_g: take(parts, 4, hopper),
+        scores: take(scalars.saturating_mul(2), SCORE_BYTES, hopper_backward),
+        boundary_c: take(boundaries.saturating_mul(units), sweep.unit_bytes(), hopper_backward),
+        boundary_n: take(boundaries.saturating_mul(units), 64 * 4, hopper_backward),
+        boundary_e: take(boundaries.saturating_mul(units), 4 * 4, hopper_backward),
+        state_copies: take(product(&[copies, rows, p.nh, p.dhqk, p.dhhv]), 4, hopper_backward),
     }
 }

@@ -3,18 +3,18 @@
 mod chunkwise;
 mod driver;
 mod hopper;
+mod hopper_backward;
 mod layout;
 mod modules;
 mod params;
 mod step;
 
-pub(crate) use chunkwise::backward;
 pub(crate) use driver::is_hopper;
 pub(crate) use step::step;
 
 use crate::dispatch::{Engine, Plan};
 use crate::error::Result;
-use crate::ops::Fw;
+use crate::ops::{Bw, Fw};
 use crate::problem::{Op, Problem};
 use crate::workspace::{Stream, Workspace};
 
@@ -28,6 +28,14 @@ pub(crate) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     match plan.engine {
         Engine::Hopper => hopper::forward(call, plan, workspace, stream),
         Engine::Cpu | Engine::Cuda => chunkwise::forward(call, plan, workspace, stream),
+    }
+}
+
+/// Enqueues a backward.
+pub(crate) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
+    match plan.engine {
+        Engine::Hopper => hopper_backward::backward(call, plan, workspace, stream),
+        Engine::Cpu | Engine::Cuda => chunkwise::backward(call, plan, workspace, stream),
     }
 }
 

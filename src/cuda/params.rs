@@ -19,6 +19,16 @@ pub(super) struct Tensor {
 
 impl Tensor {
     pub(super) const ABSENT: Self = Self { data: null_mut(), stride: [0; 3] };
+
+    /// States [rows][nh][dhqk][dhhv], dense.
+    pub(super) const fn dense(data: Pointer, problem: &Problem) -> Self {
+        let matrix = problem.dhqk * problem.dhhv;
+        Self { data, stride: [problem.nh * matrix, matrix, problem.dhhv] }
+    }
+
+    pub(super) fn is_absent(&self) -> bool {
+        self.data.is_null()
+    }
 }
 
 impl From<&View> for Tensor {
@@ -88,6 +98,8 @@ pub(super) struct Args {
     pub(super) buffers: Buffers,
     pub(super) segments: i32,
     pub(super) segment_grid: i32,
+    pub(super) boundary_parts: i32,
+    pub(super) unused: i32,
 }
 
 /// The workspace's part of `mlstm::Args`.
@@ -119,9 +131,14 @@ pub(super) struct Buffers {
     pub(super) segment_c: Pointer,
     pub(super) segment_n: Pointer,
     pub(super) segment_g: Pointer,
+    pub(super) scores: Pointer,
+    pub(super) boundary_c: Pointer,
+    pub(super) boundary_n: Pointer,
+    pub(super) boundary_e: Pointer,
+    pub(super) state_copies: Pointer,
 }
 
-const _: () = assert!(size_of::<Args>() == 1152, "kernels/params.cuh has the same size");
+const _: () = assert!(size_of::<Args>() == 1200, "kernels/params.cuh has the same size");
 
 /// `mlstm::TensorMap`: a tensor as the copy engine sees it.
 pub(super) type TensorMap = cudarc::driver::sys::CUtensorMap;
@@ -135,6 +152,27 @@ pub(super) struct HopperArgs {
     pub(super) v: TensorMap,
     pub(super) h: TensorMap,
     pub(super) args: Args,
+}
+
+/// `mlstm::BackwardArgs` and `mlstm::ScoreArgs`.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub(super) struct BackwardArgs {
+    pub(super) maps: [TensorMap; 7],
+    pub(super) args: Args,
+}
+
+/// `mlstm::CopyArgs`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CopyArgs {
+    pub(super) from: Tensor,
+    pub(super) to: Tensor,
+    pub(super) nh: i32,
+    pub(super) dhqk: i32,
+    pub(super) dhhv: i32,
+    pub(super) from_dtype: i32,
+    pub(super) to_dtype: i32,
 }
 
 /// `mlstm::RowIndex`.

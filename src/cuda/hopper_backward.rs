@@ -1,0 +1,186 @@
+//! The launch sequence of the backward for the H100 and H200 (`kernels/backward_*_sm90.cu`).
+
+use super::chunkwise::{self, Run};
+use super::driver;
+use super::layout::{SCORE_BYTES, ceil_div, padded, qk_tiles};
+use super::params::{self, Args, BackwardArgs, CopyArgs, Tensor, TensorMap};
+use crate::dispatch::{self, Plan};
+use crate::error::Result;
+use crate::ops::Bw;
+use crate::tensor::{DType, View};
+use crate::workspace::{Stream, Workspace};
+
+/// The tiles of a sweep's state, transposed as its blocks hold it.
+pub(super) struct Sweep {
+    rows: i64,
+    /// Rows of one block.
+    block: i64,
+    /// Columns that kernels are made for.
+    columns: i64,
+}
+
+impl Sweep {
+    /// A state of so many rows, of which each block takes some, and all columns.
+    pub(super) const fn of(rows: i64, columns: i64) -> Self {
+        Self { rows, block: dispatch::hopper_rows(rows, columns), columns: padded(columns) }
+    }
+
+    /// Blocks for one state.
+    const fn blocks(&self) -> i64 {
+        ceil_div(self.rows, self.block)
+    }
+
+    /// Columns of one state warpgroup.
+    const fn unit_columns(&self) -> i64 {
+        if self.columns > 256 { self.columns / 2 } else { self.columns }
+    }
+
+    /// State warpgroups for one state: each takes 64 rows.
+    pub(super) const fn units(&self) -> i64 {
+        self.blocks() * self.block / 64 * (self.columns / self.unit_columns())
+    }
+
+    /// Bytes of one unit's part of a boundary, in bf16.
+    pub(super) const fn unit_bytes(&self) -> usize {
+        (64 * self.unit_columns() * 2) as usize
+    }
+
+    fn kernel(&self, name: &str, data: &str) -> String {
+        format!("backward_{name}_{data}_{}x{}", self.block, self.columns)
+    }
+}
+
+/// The tensors of one sweep, as q', k' and v' of `kernels/backward_sm90.cuh`.
+struct Tiles<'a> {
+    queries: &'a View,
+    keys: &'a View,
+    values: &'a View,
+    own: &'a View,
+    out: &'a View,
+}
+
+impl Tiles<'_> {
+    fn maps(&self, sweep: &Sweep, scores: TensorMap) -> Result<[TensorMap; 7]> {
+        Ok([
+            driver::tensor_map(self.queries, 1)?,
+            driver::tensor_map(self.keys, sweep.unit_columns() / 64)?,
+            driver::tensor_map(self.values, sweep.block / 64)?,
+            driver::tensor_map(self.own, sweep.block / 64)?,
+            driver::tensor_map(self.out, 1)?,
+            scores,
+            scores,
+        ])
+    }
+}
+
+/// Enqueues a backward.
+pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Stream) -> Result<()> {
+    let (p, t) = (&call.problem, &call.tensors);
+    let mut args = chunkwise::backward_args(call, plan, workspace)?;
+    let sweep_dv = Sweep::of(p.dhhv, p.dhqk);
+    let sweep = Sweep::of(p.dhqk, p.dhhv);
+    args.e_tiles = 1;
+    args.qk_tiles = params::size("dhqk", qk_tiles(p))?;
+    args.boundary_parts = params::size("dhqk", 4 * sweep.units())?;
+
+    let device = driver::device(p.device_index)?;
+    let (args, copies) = with_float_states(call, args);
+    let run = Run { device, stream, problem: p, args };
+    let chunks = args.num_chunks * p.nh;
+    let [qk_scores, hv_scores] = [0, 1].map(|part| {
+        let bytes = chunks as usize * SCORE_BYTES;
+        let mut view = t.q;
+        view.data = args.buffers.scores.wrapping_add(part * bytes);
+        view.shape = [1, 1, chunks * 64, 64];
+        view.stride = [chunks * 64 * 64, chunks * 64 * 64, 64, 1];
+        view
+    });
+    let (qk_map, hv_map) = (driver::tensor_map(&qk_scores, 1)?, driver::tensor_map(&hv_scores, 1)?);
+    let one = |view: &View| driver::tensor_map(view, 1);
+    let score_maps = [
+        one(&t.q)?,
+        one(&t.k)?,
+        one(&t.v)?,
+        one(&t.dh)?,
+        // Not read where it is absent.
+        one(t.h.as_ref().unwrap_or(&t.dh))?,
+        qk_map,
+        hv_map,
+    ];
+    let dv = Tiles { queries: &t.k, keys: &t.q, values: &t.dh, own: &t.v, out: &t.dv };
+    let dq = Tiles { queries: &t.dh, keys: &t.v, values: &t.k, own: &t.q, out: &t.dq };
+    let dk = Tiles { queries: &t.v, keys: &t.dh, values: &t.q, own: &t.k, out: &t.dk };
+    let dv_maps = dv.maps(&sweep_dv, qk_map)?;
+    let dq_maps = dq.maps(&sweep, hv_map)?;
+    let dk_maps = dk.maps(&sweep, hv_map)?;
+
+    let data = run.data();
+    let heads = run.heads();
+    let launch = |name: &str, blocks: i64, maps: [TensorMap; 7]| {
+        device.launch(stream, name, blocks, true, &BackwardArgs { maps, args })
+    };
+    device.enqueue(|| {
+        for copy in &copies.before {
+            device.launch(stream, "copy_states", heads * p.dhqk, false, copy)?;
+        }
+        run.gates_by("gates_reduce_fast", "gates_pack_backward")?;
+        launch(&format!("backward_scores_{data}"), chunks, score_maps)?;
+        if plan.segments > 1 {
+            let blocks = heads * sweep.blocks() * (plan.segments - 1);
+            launch(&sweep.kernel("c", data), blocks, dq_maps)?;
+            launch(&sweep.kernel("dc", data), blocks, dk_maps)?;
+        }
+        let blocks = heads * plan.segments;
+        launch(&sweep_dv.kernel("dv", data), blocks * sweep_dv.blocks(), dv_maps)?;
+        launch(&sweep.kernel("dq", data), blocks * sweep.blocks(), dq_maps)?;
+        launch(&sweep.kernel("dk", data), blocks * sweep.blocks(), dk_maps)?;
+        device.launch(stream, "gategrad_boundaries", chunks + heads, false, &run.args)?;
+        run.gate_gradients()?;
+        for copy in &copies.after {
+            device.launch(stream, "copy_states", heads * p.dhqk, false, copy)?;
+        }
+        Ok(())
+    })
+}
+
+/// Copies between states of 16 bits and the sweeps' own in float.
+#[derive(Default)]
+struct Copies {
+    before: Vec<CopyArgs>,
+    after: Vec<CopyArgs>,
+}
+
+/// The arguments of the sweeps, which read and write states in float, and what makes it so.
+fn with_float_states(call: &Bw, mut args: Args) -> (Args, Copies) {
+    let p = &call.problem;
+    let mut copies = Copies::default();
+    if p.state_dtype == DType::F32 {
+        return (args, copies);
+    }
+    let bytes = (p.state_rows() * p.nh * p.dhqk * p.dhhv * 4) as usize;
+    let all = [&mut args.c_initial, &mut args.dc_last, &mut args.dc_initial];
+    for (place, state) in all.into_iter().enumerate() {
+        if state.is_absent() {
+            continue;
+        }
+        let given = *state;
+        *state = Tensor::dense(args.buffers.state_copies.wrapping_add(place * bytes), p);
+        let mut copy = CopyArgs {
+            from: given,
+            to: *state,
+            nh: args.nh,
+            dhqk: args.dhqk,
+            dhhv: args.dhhv,
+            from_dtype: params::dtype(p.state_dtype),
+            to_dtype: params::dtype(DType::F32),
+        };
+        if place < 2 {
+            copies.before.push(copy);
+        } else {
+            std::mem::swap(&mut copy.from, &mut copy.to);
+            std::mem::swap(&mut copy.from_dtype, &mut copy.to_dtype);
+            copies.after.push(copy);
+        }
+    }
+    (args, copies)
+}
