@@ -97,9 +97,15 @@ fn hopper_kernels_take_what_they_are_made_for() {
         ProblemSpec { dhqk: 64, dhhv: 64, b: 1, num_seqs: 5, ..base },
     ];
     for spec in suited {
-        for op in [Op::ChunkwiseFw, Op::ParallelFw] {
+        for op in [Op::ChunkwiseFw, Op::ParallelFw, Op::ChunkwiseBw, Op::ParallelBw] {
+            let backward = matches!(op, Op::ChunkwiseBw | Op::ParallelBw);
             let plan = engine(op, spec);
-            assert_eq!((plan.engine, plan.chunk_size), (Engine::Hopper, 64), "{spec:?}");
+            let expected = if backward && spec.dhhv > 512 {
+                (Engine::Cuda, 128)
+            } else {
+                (Engine::Hopper, 64)
+            };
+            assert_eq!((plan.engine, plan.chunk_size), expected, "{spec:?}");
         }
     }
     let others = [
@@ -111,9 +117,17 @@ fn hopper_kernels_take_what_they_are_made_for() {
         ProblemSpec { b: 0, ..base },
     ];
     for spec in others {
-        assert_eq!(engine(Op::ChunkwiseFw, spec).engine, Engine::Cuda, "{spec:?}");
+        for op in [Op::ChunkwiseFw, Op::ChunkwiseBw] {
+            assert_eq!(engine(op, spec).engine, Engine::Cuda, "{spec:?}");
+        }
     }
-    assert_eq!(engine(Op::ChunkwiseBw, base).engine, Engine::Cuda);
+    let negative = ProblemSpec { qk_scale: -1.0, ..base };
+    assert_eq!(engine(Op::ChunkwiseFw, negative).engine, Engine::Hopper);
+    assert_eq!(engine(Op::ChunkwiseBw, negative).engine, Engine::Cuda);
+    // As many tokens in all heads as the copy engine counts in 32 bits.
+    let tokens = |b: i64| engine(Op::ChunkwiseBw, ProblemSpec { b, nh: 16, s: 1 << 20, ..base });
+    assert_eq!(tokens(127).engine, Engine::Hopper);
+    assert_eq!(tokens(128).engine, Engine::Cuda);
 }
 
 #[test]
