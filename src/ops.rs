@@ -2,6 +2,8 @@
 //! binding and every backend: an `Fw`, `Bw` or `Step` that exists is valid but for the contents of
 //! index tensors, which only the device that holds them can read.
 
+use std::fmt;
+
 use crate::error::{Error, Result};
 use crate::problem::{Op, Problem};
 use crate::tensor::{DType, View};
@@ -152,20 +154,37 @@ enum Dims {
     M,
 }
 
+/// The names of a shape's sizes, given that of its rows of states; written in messages only.
+struct Labels<'a>(Dims, &'a str);
+
+impl fmt::Display for Labels<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(dims, rows) = self;
+        match dims {
+            Dims::Qk => out.write_str("b, nh, s, dhqk"),
+            Dims::Hv => out.write_str("b, nh, s, dhhv"),
+            Dims::Token => out.write_str("b, nh, s"),
+            Dims::C => write!(out, "{rows}, nh, dhqk, dhhv"),
+            Dims::N => write!(out, "{rows}, nh, dhqk"),
+            Dims::M => write!(out, "{rows}, nh"),
+        }
+    }
+}
+
 impl<'a> Checker<'a> {
     fn new(problem: &'a Problem) -> Self {
         Self { problem, inputs: Vec::with_capacity(16), outputs: Vec::with_capacity(12) }
     }
 
-    fn shape(&self, dims: Dims, rows: i64, row_name: &str) -> (Vec<i64>, String) {
+    fn shape(&self, dims: Dims, rows: i64) -> Vec<i64> {
         let p = self.problem;
         match dims {
-            Dims::Qk => (vec![p.b, p.nh, p.s, p.dhqk], "b, nh, s, dhqk".into()),
-            Dims::Hv => (vec![p.b, p.nh, p.s, p.dhhv], "b, nh, s, dhhv".into()),
-            Dims::Token => (vec![p.b, p.nh, p.s], "b, nh, s".into()),
-            Dims::C => (vec![rows, p.nh, p.dhqk, p.dhhv], format!("{row_name}, nh, dhqk, dhhv")),
-            Dims::N => (vec![rows, p.nh, p.dhqk], format!("{row_name}, nh, dhqk")),
-            Dims::M => (vec![rows, p.nh], format!("{row_name}, nh")),
+            Dims::Qk => vec![p.b, p.nh, p.s, p.dhqk],
+            Dims::Hv => vec![p.b, p.nh, p.s, p.dhhv],
+            Dims::Token => vec![p.b, p.nh, p.s],
+            Dims::C => vec![rows, p.nh, p.dhqk, p.dhhv],
+            Dims::N => vec![rows, p.nh, p.dhqk],
+            Dims::M => vec![rows, p.nh],
         }
     }
 
@@ -175,8 +194,7 @@ impl<'a> Checker<'a> {
             Some(count) => (count, "num_seqs"),
             None => (p.b, "b"),
         };
-        let (shape, names) = self.shape(dims, rows, row_name);
-        view.check(name, dtype, &shape, &names)?;
+        view.check(name, dtype, &self.shape(dims, rows), Labels(dims, row_name))?;
         match dims {
             Dims::Qk | Dims::Hv | Dims::C | Dims::N => view.check_feature_stride(name),
             Dims::Token | Dims::M => Ok(()),
@@ -319,10 +337,15 @@ impl<'a> Checker<'a> {
 
     /// No output may share memory with an input, another output or the workspace.
     fn finish(self, workspace: &View) -> Result<()> {
-        for (index, (name, output)) in self.outputs.iter().enumerate() {
-            let others = self.outputs.iter().skip(index + 1).chain(&self.inputs);
-            for (other_name, other) in others.chain([&("workspace", *workspace)]) {
-                if output.overlaps(other) {
+        // There are up to two hundred pairs: what each reaches is found once.
+        let reach = |(name, view): (&'static str, View)| (name, view, view.extent());
+        let outputs: Vec<_> = self.outputs.into_iter().map(reach).collect();
+        let inputs: Vec<_> = self.inputs.into_iter().map(reach).collect();
+        let workspace = reach(("workspace", *workspace));
+        for (index, (name, output, extent)) in outputs.iter().enumerate() {
+            let others = outputs.iter().skip(index + 1).chain(&inputs).chain([&workspace]);
+            for (other_name, other, other_extent) in others {
+                if extent.meets(other_extent) && output.overlaps(other) {
                     return Err(Error::invalid(
                         *name,
                         format!("memory of its own, apart from {other_name}"),
@@ -334,8 +357,9 @@ impl<'a> Checker<'a> {
                 }
             }
         }
-        for (name, input) in &self.inputs {
-            if workspace.overlaps(input) {
+        let (_, workspace, extent) = workspace;
+        for (name, input, input_extent) in &inputs {
+            if extent.meets(input_extent) && workspace.overlaps(input) {
                 return Err(Error::invalid(
                     "workspace",
                     format!("memory of its own, apart from {name}"),
@@ -472,8 +496,8 @@ impl Checker<'_> {
     ) -> Result<Vec<(&'static str, View)>> {
         let mut pools = Vec::with_capacity(3);
         for (name, view, dims, dtype) in self.triple(names, views)? {
-            let (shape, labels) = self.shape(dims, self.problem.num_slots, "num_slots");
-            view.check(name, dtype, &shape, &labels)?;
+            let shape = self.shape(dims, self.problem.num_slots);
+            view.check(name, dtype, &shape, Labels(dims, "num_slots"))?;
             if matches!(dims, Dims::C | Dims::N) {
                 view.check_feature_stride(name)?;
             }
@@ -511,8 +535,8 @@ impl Checker<'_> {
 }
 
 /// The label of an operation in messages and plans.
-impl std::fmt::Display for Op {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Op {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str(match self {
             Self::ChunkwiseFw => "chunkwise_fw",
             Self::ChunkwiseBw => "chunkwise_bw",

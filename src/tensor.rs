@@ -100,9 +100,16 @@ impl fmt::Debug for View {
 
 /// Byte range `[low, high)` that a view touches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Extent {
+pub(crate) struct Extent {
     low: i128,
     high: i128,
+}
+
+impl Extent {
+    /// Whether the ranges share a byte, as they must where views overlap.
+    pub(crate) const fn meets(&self, other: &Self) -> bool {
+        self.low < other.high && other.low < self.high
+    }
 }
 
 impl View {
@@ -173,7 +180,7 @@ impl View {
 
     /// Saturating: four products of 64-bit numbers can exceed 128 bits, and whatever does is far
     /// outside any address space.
-    fn extent(&self) -> Extent {
+    pub(crate) fn extent(&self) -> Extent {
         let base = self.data as usize as i128;
         if self.is_empty() {
             return Extent { low: base, high: base };
@@ -242,7 +249,7 @@ impl View {
             return false;
         }
         let (a, b) = (self.extent(), other.extent());
-        if a.high <= b.low || b.high <= a.low {
+        if !a.meets(&b) {
             return false;
         }
         // One lattice for both: a dimension that one of them lacks has size 1 there.
@@ -268,7 +275,7 @@ impl View {
         name: &str,
         dtype: DType,
         shape: &[i64],
-        shape_names: &str,
+        shape_names: impl fmt::Display,
     ) -> Result<()> {
         if self.rank != shape.len() {
             return Err(Error::invalid(
