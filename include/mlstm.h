@@ -85,9 +85,10 @@
 #define MLSTM_FLAG_GENERIC_ENGINE 16
 
 /**
- * For `mlstm_query`: the rows of q, k, v, h and their gradients will start at
- * multiples of 16 bytes and have strides above 0. Calls on tensors that do not keep it may then
- * need more workspace than the query said, and fail.
+ * For `mlstm_query`: the rows of q, k, v, h and their gradients will start at multiples of 16 bytes
+ * and have strides above 0. A call on tensors that do not keep it may need more workspace than the
+ * query said: it then fails with `MLSTM_WORKSPACE_TOO_SMALL` and can be repeated with what a query
+ * without the flag says.
  */
 #define MLSTM_FLAG_ALIGNED 32
 

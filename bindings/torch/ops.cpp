@@ -196,11 +196,26 @@ class Call {
     return empty_tokens(like, {like.sizes().begin(), like.sizes().end()}, like.scalar_type());
   }
 
-  // Workspace for `op`, then `function`.
   template <class Args>
   void run(mlstm_op op, mlstm_status (*function)(const Args*), Args& args) {
-    // Spares the workspace that only unaligned tensors would need.
-    if (aligned_) problem.flags |= MLSTM_FLAG_ALIGNED;
+    // Most tensors are aligned. Where some are not, the library asks for a larger workspace.
+    const uint32_t flags = problem.flags;
+    problem.flags = flags | MLSTM_FLAG_ALIGNED;
+    mlstm_status status = try_to_run(op, function, args);
+    if (status == MLSTM_WORKSPACE_TOO_SMALL) {
+      problem.flags = flags;
+      status = try_to_run(op, function, args);
+    }
+    check(status);
+  }
+
+  mlstm_problem problem{};
+  ScalarType compute;  // of n and m
+
+ private:
+  // Workspace for `op`, then `function`.
+  template <class Args>
+  mlstm_status try_to_run(mlstm_op op, mlstm_status (*function)(const Args*), Args& args) {
     mlstm_requirements needs{};
     needs.struct_size = sizeof(needs);
     check(mlstm_query(op, &problem, &needs));
@@ -215,26 +230,17 @@ class Call {
     args.struct_size = sizeof(args);
     args.problem = &problem;
     args.stream = place_.stream;
-    check(function(&args));
+    return function(&args);
   }
 
-  mlstm_problem problem{};
-  ScalarType compute;  // of n and m
-
- private:
-  mlstm_tensor view(const Tensor& t, const void* data) const {
+  static mlstm_tensor view(const Tensor& t, const void* data) {
     mlstm_tensor result{};
-    const int64_t item = t.element_size();
-    if (t.dim() == 4) aligned_ = aligned_ && reinterpret_cast<uintptr_t>(data) % 16 == 0;
     result.data = const_cast<void*>(data);
     result.dtype = dtype_of(t.scalar_type());
     result.rank = static_cast<int32_t>(t.dim());
     for (int64_t dim = 0; dim < std::min<int64_t>(t.dim(), 4); ++dim) {
       result.shape[dim] = t.size(dim);
       result.stride[dim] = t.stride(dim);
-      if (t.dim() == 4 && dim < 3 && t.size(dim) > 1) {
-        aligned_ = aligned_ && t.stride(dim) > 0 && t.stride(dim) * item % 16 == 0;
-      }
     }
     return result;
   }
@@ -242,7 +248,6 @@ class Call {
   const Tensor& q_;
   Place place_;
   std::deque<Tensor> copies_;
-  mutable bool aligned_ = true;  // see MLSTM_FLAG_ALIGNED
 };
 
 // Arguments with the inputs that all functions share.

@@ -86,9 +86,10 @@ pub const MLSTM_FLAG_ALLOW_TF32: u32 = 8;
 /// Take the portable engine even where one for the device at hand fits the problem, to compare
 /// them; `mlstm_query` wants the same flag.
 pub const MLSTM_FLAG_GENERIC_ENGINE: u32 = 16;
-/// For `mlstm_query`: the rows of q, k, v, h and their gradients will start at
-/// multiples of 16 bytes and have strides above 0. Calls on tensors that do not keep it may then
-/// need more workspace than the query said, and fail.
+/// For `mlstm_query`: the rows of q, k, v, h and their gradients will start at multiples of 16 bytes
+/// and have strides above 0. A call on tensors that do not keep it may need more workspace than the
+/// query said: it then fails with `MLSTM_WORKSPACE_TOO_SMALL` and can be repeated with what a query
+/// without the flag says.
 pub const MLSTM_FLAG_ALIGNED: u32 = 32;
 
 /// A strided tensor in the caller's memory. All-zero means absent. The last dimension of q, k, v,

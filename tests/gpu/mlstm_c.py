@@ -32,6 +32,7 @@ OPS = {"chunkwise_fw": 1, "chunkwise_bw": 2, "parallel_fw": 3, "parallel_bw": 4,
 STATUS = {"OK": 0, "INVALID_ARGUMENT": 1, "UNSUPPORTED": 2, "WORKSPACE_TOO_SMALL": 3}
 STATUS |= {"DEVICE_ERROR": 4, "INTERNAL_ERROR": 5}
 NO_NORMALIZE, DETACH_DENOMINATOR, NO_EPS, ALLOW_TF32, GENERIC_ENGINE = 1, 2, 4, 8, 16
+ALIGNED = 32
 
 
 class Tensor(Structure):

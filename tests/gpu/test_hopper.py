@@ -143,3 +143,27 @@ def test_repeats_bit_for_bit():
         again = case.run("cuda", inputs, backward=False)
         for name, wanted in first.items():
             assert torch.equal(again[name], wanted), name
+
+
+def test_workspace_for_aligned_tensors_says_when_they_are_not():
+    """A call that needs more than the query promised for aligned tensors writes nothing, and its
+    status says how to go on."""
+    case = Case(dtype=BF16, b=1, s=100, dhqk=64, dhhv=64, initial=False, last=False)
+    x = {n: t.to("cuda", case.dtype_of(n)) for n, t in case.inputs().items() if n != "dh"}
+    whole = torch.zeros(x["q"].numel() + 1, dtype=BF16, device="cuda")
+    x["q"] = whole[1:].view_as(x["q"]).copy_(x["q"])
+    out = {"h": torch.full_like(x["v"], float("nan"))}
+    p = mlstm_c.problem(x)
+    small, large = (
+        mlstm_c.query("chunkwise_fw", mlstm_c.problem(x, flags=flags)).workspace_size
+        for flags in (mlstm_c.ALIGNED, 0)
+    )
+    assert small + 64 < large
+    memory = torch.empty(large + 64, dtype=torch.uint8, device="cuda")
+    with pytest.raises(mlstm_c.Error) as error:
+        mlstm_c.call("chunkwise_fw", p, x | out, memory[: small + 64])
+    assert error.value.status == mlstm_c.STATUS["WORKSPACE_TOO_SMALL"]
+    torch.cuda.synchronize()
+    assert out["h"].isnan().all()
+    mlstm_c.call("chunkwise_fw", p, x | out, memory)
+    assert out["h"].isfinite().all()

@@ -256,6 +256,15 @@ def test_compiled_code_follows_the_tf32_switch(set_tf32, device):
     assert seen == [False, True], "compiled once for each"
 
 
+def test_tensors_that_are_not_aligned(device):
+    """The same numbers, though perhaps by other kernels."""
+    tokens, _ = operator_inputs(device, torch.bfloat16, dhqk=64, dhhv=64)
+    q, *others = tokens
+    shifted = torch.empty(q.numel() + 1, dtype=q.dtype, device=device)[1:].view_as(q).copy_(q)
+    results = [OPS.forward(x, *others, None, None, None, None) for x in (q, shifted)]
+    assert_close([results[0][0]], [results[1][0]], 4 * TOLERANCE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_portable_engine(dtype, device):
     tokens, initial = operator_inputs(device, dtype, dhqk=64, dhhv=128)
