@@ -3,3 +3,5 @@
 
 MLSTM_SWEEPS(backward_dk_bf16, mlstm::bf16, mlstm::Sweep::kDk)
 MLSTM_SWEEPS(backward_dk_f16, mlstm::f16, mlstm::Sweep::kDk)
+MLSTM_SPLIT_SWEEP(backward_dk_bf16, mlstm::bf16, mlstm::Sweep::kDk)
+MLSTM_SPLIT_SWEEP(backward_dk_f16, mlstm::f16, mlstm::Sweep::kDk)

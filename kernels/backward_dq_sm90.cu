@@ -3,3 +3,5 @@
 
 MLSTM_SWEEPS(backward_dq_bf16, mlstm::bf16, mlstm::Sweep::kDq)
 MLSTM_SWEEPS(backward_dq_f16, mlstm::f16, mlstm::Sweep::kDq)
+MLSTM_SPLIT_SWEEP(backward_dq_bf16, mlstm::bf16, mlstm::Sweep::kDq)
+MLSTM_SPLIT_SWEEP(backward_dq_f16, mlstm::f16, mlstm::Sweep::kDq)

@@ -3,3 +3,5 @@
 
 MLSTM_SWEEPS(backward_dv_bf16, mlstm::bf16, mlstm::Sweep::kDv)
 MLSTM_SWEEPS(backward_dv_f16, mlstm::f16, mlstm::Sweep::kDv)
+MLSTM_SPLIT_SWEEP(backward_dv_bf16, mlstm::bf16, mlstm::Sweep::kDv)
+MLSTM_SPLIT_SWEEP(backward_dv_f16, mlstm::f16, mlstm::Sweep::kDv)

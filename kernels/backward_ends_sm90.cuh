@@ -2,8 +2,8 @@
 // segments, and the boundaries at which <dC, C> is made.
 //
 // Registers: c[4 j + 2 half + odd] is row 16 w + g + 8 half, column 8 j + 2 t + odd of a
-// warpgroup's 64 x 64 kStateSlabs part of S (w warp, g = lane / 4, t = lane % 4); e[half] is the
-// row's entry of n or dn, in all four lanes alike.
+// warpgroup's 64 x 64 kStateSlabs part of S (w warp, g = lane / 4, t = lane % 4). The rows'
+// entries e of n or dn are in shared memory, rows of a warp and theirs alone.
 #pragma once
 
 #include "backward_sm90.cuh"
@@ -76,11 +76,25 @@ struct Ends {
     }
   }
 
-  __device__ __forceinline__ void start(State& c, float (&e)[2]) const {
+  __device__ __forceinline__ void start(State& c) const {
 #pragma unroll
     for (int x = 0; x < 16 * kParts; ++x) c[x] = 0.0f;
-    e[0] = e[1] = 0.0f;
+    float e[2] = {0.0f, 0.0f};
     if constexpr (Shape::kOutputs) gather(c, e);
+    put_entries(e);
+  }
+
+  __device__ __forceinline__ void put_entries(const float (&e)[2]) const {
+    const uint32_t entry = block.entry(group);
+    if ((threadIdx.x & 3) == 0) {
+      store_shared(entry, e[0]);
+      store_shared(entry + 32, e[1]);
+    }
+    __syncwarp();
+  }
+  // Of one of the thread's two rows.
+  __device__ __forceinline__ float entry(int half) const {
+    return load_shared(block.entry(group) + half * 32);
   }
 
   __device__ __forceinline__ void gather(State& c, float (&e)[2]) const {
@@ -120,19 +134,18 @@ struct Ends {
       for (int x = 0; x < 16; ++x) state[element(h, x, stride)] = c[16 * h + x];
     }
   }
-  __device__ __forceinline__ void keep_vector(const float (&e)[2], float* n) const {
+  __device__ __forceinline__ void keep_vector(float* n) const {
     if ((threadIdx.x & 3) != 0 || !inside(0) || (Shape::kSplit && group != 0)) return;
-    n[first_row()] = e[0];
-    n[first_row() + 8] = e[1];
+    n[first_row()] = entry(0);
+    n[first_row() + 8] = entry(1);
   }
 
   // Leaves what the block's segment adds.
-  __device__ __forceinline__ void keep_segment(const State& c, const float (&e)[2],
-                                               float decay) const {
+  __device__ __forceinline__ void keep_segment(const State& c, float decay) const {
     const int j = block.segment - (Shape::kReverse ? 1 : 0);
     keep(c, segment_state(j), block.args.dhhv);
-    keep_vector(e, segment_vector(j));
-    if (block.slab0 == 0 && group == 0 && threadIdx.x % 128 == 0) {
+    if (Shape::kSweep == Sweep::kC && block.key0 == 0) keep_vector(segment_vector(j));
+    if (block.slab0 == 0 && block.key0 == 0 && group == 0 && threadIdx.x % 128 == 0) {
       block.args.segment_g[segment_index(j)] = decay;
     }
   }
@@ -140,15 +153,16 @@ struct Ends {
   // ---- boundaries: C as bf16 in the order of registers, n
 
   __device__ __forceinline__ int64_t boundary_index(int boundary) const {
-    return boundary_slot(block.args, block.first - block.from, block.row, boundary) *
-               block.args.nh + block.head;
+    const auto place = block.again();
+    return boundary_slot(block.args, place.first - place.from, place.row, boundary) *
+               block.args.nh + place.head;
   }
   // Warpgroups of all blocks of the head, and which of them this is.
   __device__ __forceinline__ int units() const {
     return div_up(block.args.dhqk, Shape::kColumns) * Shape::kWgs;
   }
   __device__ __forceinline__ int unit() const {
-    return block.slab0 * Shape::kWgs / (Shape::kColumns / 64) + group;
+    return block.again().slab0 * Shape::kWgs / (Shape::kColumns / 64) + group;
   }
   __device__ __forceinline__ uint4* boundary_state(int boundary) const {
     return reinterpret_cast<uint4*>(block.args.boundary_c) +
@@ -159,8 +173,7 @@ struct Ends {
            (opaque(static_cast<int>(threadIdx.x % 128)) >> 5) * 16 + (threadIdx.x >> 2 & 7);
   }
 
-  __device__ __forceinline__ void keep_boundary(const State& c, const float (&e)[2],
-                                                int boundary) const {
+  __device__ __forceinline__ void keep_boundary(const State& c, int boundary) const {
     uint4* to = boundary_state(boundary);
 #pragma unroll
     for (int x = 0; x < 2 * kParts; ++x) {
@@ -169,34 +182,35 @@ struct Ends {
                                pack<bf16>(part[4], part[5]), pack<bf16>(part[6], part[7]));
     }
     if ((threadIdx.x & 3) == 0) {
-      boundary_vector(boundary)[0] = e[0];
-      boundary_vector(boundary)[8] = e[1];
+      boundary_vector(boundary)[0] = entry(0);
+      boundary_vector(boundary)[8] = entry(1);
     }
   }
 
   // This warp's part of <dC, C> + <dn, n>.
-  __device__ __forceinline__ void meet_boundary(const State& c, const float (&e)[2],
-                                                int boundary) const {
+  __device__ __forceinline__ void meet_boundary(const State& c, int boundary) const {
     const uint4* from = boundary_state(boundary);
     float sum = 0.0f;
+    constexpr int kLoads = kParts < 4 ? 2 * kParts : 8;  // in flight
 #pragma unroll
-    for (int h = 0; h < kParts; h += 2) {
-      uint4 part[4];
+    for (int first = 0; first < 2 * kParts; first += kLoads) {
+      uint4 part[kLoads];
 #pragma unroll
-      for (int x = 0; x < 4; ++x) part[x] = from[(2 * h + x) * 128];
+      for (int x = 0; x < kLoads; ++x) part[x] = from[(first + x) * 128];
 #pragma unroll
-      for (int x = 0; x < 4; ++x) {
+      for (int x = 0; x < kLoads; ++x) {
         const uint32_t words[4] = {part[x].x, part[x].y, part[x].z, part[x].w};
 #pragma unroll
         for (int y = 0; y < 4; ++y) {
-          float first, second;
-          unpack<bf16>(words[y], first, second);
-          sum += first * c[16 * h + 8 * x + 2 * y] + second * c[16 * h + 8 * x + 2 * y + 1];
+          const float* own = c + 8 * (first + x) + 2 * y;
+          float one, two;
+          unpack<bf16>(words[y], one, two);
+          sum += one * own[0] + two * own[1];
         }
       }
     }
     if ((threadIdx.x & 3) == 0 && (!Shape::kSplit || group == 0)) {
-      sum += boundary_vector(boundary)[0] * e[0] + boundary_vector(boundary)[8] * e[1];
+      sum += boundary_vector(boundary)[0] * entry(0) + boundary_vector(boundary)[8] * entry(1);
     }
     sum = warp_sum(sum);
     if ((threadIdx.x & 31) == 0) {

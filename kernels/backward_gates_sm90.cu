@@ -1,6 +1,6 @@
 // Vectors for the Hopper backward, and the last step of its gradients of the gates before
 // gategrad.cu's:
-//   gates_pack_backward   everything in args.packed but delta      warp per chunk, head
+//   gates_pack_backward   args.packed but w delta                   warp per chunk, head
 //   gategrad_boundaries   E_c of all chunks (params.cuh) from what the sweeps leave: E at the
 //                         boundaries and the sums q.dq, k.dk in between; E before the first chunk
 //                         block per chunk, head (of a group's first), then per row, head
@@ -41,16 +41,26 @@ __device__ __forceinline__ void pack_backward(const Args& args) {
       inv = 1.0f / (fmaxf(fabsf(n), floor) + eps);
       if (exact && fabsf(n) > floor) sign = n < 0.0f ? 1.0f : -1.0f;
     }
+    const float row = inside ? x.phi[j] + log2f(scale * inv) : static_cast<float>(kNever);
+    const float col = inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
+    packed[kSignAt / 4 + t] = sign;
+    packed[kQueryRowAt / 4 + t] = row;
+    packed[kKeyColumnAt / 4 + column] = col;
     packed[kSourceAt / 4 + column] = inside ? fast_input(x, j) : 0.0f;
     packed[kWsiAt / 4 + column] = inside ? exp2f(x.phi[j]) * scale * inv : 0.0f;
+    packed[kKeyRowAt / 4 + t] = col;
+    packed[kQueryColumnAt / 4 + column] = row;
     packed[kWDeltaAt / 4 + column] = 0.0f;
-    packed[kScoreRowAt / 4 + t] = inside ? x.phi[j] + log2f(scale * inv) : 0.0f;
-    packed[kScoreColAt / 4 + column] =
-        inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
-    packed[kSignAt / 4 + t] = sign;
     packed[kInvAt / 4 + t] = inside ? inv : 0.0f;
+    if ((args.flags & kExponential) != 0 && inside) {
+      // Unless there is more to it: the sweep for dq.
+      static_cast<float*>(args.dm)[token_index(args, pair.b, h, pair.chunk.start + t)] = 0.0f;
+    }
   }
-  if (lane < 4) packed[kSweepDecayAt / 4 + lane] = lane == 0 ? exp2f(x.total) : 0.0f;
+  if (lane < 4) {
+    const float length = __int_as_float(args.chunks != nullptr ? pair.chunk.len : 64);
+    packed[kSweepDecayAt / 4 + lane] = lane == 0 ? exp2f(x.total) : lane == 1 ? length : 0.0f;
+  }
   __syncwarp();
   float* out = args.packed + chunk_index(args, c, h) * kBackwardFloats;
   for (int word = lane; word < kBackwardFloats; word += 32) out[word] = packed[word];

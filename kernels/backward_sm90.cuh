@@ -1,22 +1,26 @@
 // The chunkwise backward on Hopper: sweeps along the chunks of a sequence with the state in
-// registers, like the forward's, but with the products of queries and keys made before, for all
-// chunks side by side (backward_scores_sm90.cu). A sweep is
+// registers, like the forward's. A sweep is
 //   O_x = alpha_x (S q'_x + e beta_x) + sum_y P_xy v'_y
 //   S  <- g S + sum_y c_y v'_y k'_y^T     e <- g e + sum_y b_y v'_y
 // with, in the terms of params.cuh (L = 64) and wsi = w s inv,
-//         q'  k'  v'  S     alpha  alpha beta  c    b          P            order
-//   dv    k   q   dh  dC^T  a      -           wsi  -          D s inv q.k  backward
-//   dq    dh  v   k   C     wsi    w delta     a    a          G            forward
-//   dk    v   dh  q   dC    a      a           wsi  w delta    G            backward
-//   c         v   k   C                        a    a                       forward
-//   dc        dh  q   dC                       wsi  w delta                 backward
+//         q'  k'  v'  S     alpha  alpha beta  c    b        P            order
+//   dv    k   q   dh  dC^T  a                  wsi           D s inv q.k  backward
+//   dq    dh  v   k   C     wsi    w delta     a    a        G            forward
+//   dk    v   dh  q   dC    a      a           wsi  w delta  G            backward
+//   c         v   k   C                        a    a                     forward
+//   dc        dh  q   dC                       wsi                        backward
 // where e is n or dn; c and dc leave the states that segments of long sequences add from zero.
-// dq also leaves C and n at boundaries, every kGroupChunks chunks, for dk to make <dC, C> + <dn, n>
-// of, and both the sums q.dq and k.dk of each token, for the gates' gradients.
+// What each leaves for the next:
+//   dv    rho = dh.h of each token, in parts
+//   dq    G and w delta, for dk; C and n at boundaries, every kGroupChunks chunks, for dk to make
+//         <dC, C> + <dn, n> of; dn's parts of segments; dm
+//   both dq and dk the sums q.dq and k.dk of each token, for the gates' gradients
 //
 // A block owns some columns of v' of one sequence and head, over one segment of its chunks. Each of
-// its state warpgroups holds S for 64 of them, as rows, and O alike, so that S and c v' are A
-// operands in registers; a fourth of the other warpgroup's warps each bring one kind of tiles.
+// its state warpgroups (backward_sweep_sm90.cuh) holds S for 64 of them, as rows, and O alike, so that
+// S and c v' are A operands in registers. A warpgroup of its own makes P from the tiles of q' and k'
+// (backward_scores_sm90.cuh; dk gets it from memory), and the warps of another one bring one kind of
+// tiles each.
 #pragma once
 
 #include "overlap.cuh"
@@ -42,8 +46,10 @@ struct BackwardShape {
       kSweep == Sweep::kDv || kSweep == Sweep::kDk || kSweep == Sweep::kDc;
   // Rows of S are columns of DHQK, and n is beside it.
   static constexpr bool kAlongQk = kSweep != Sweep::kDv;
-  // Reads the tile (q or k) that its outputs are the gradients of.
-  static constexpr bool kOwn = kSweep == Sweep::kDq || kSweep == Sweep::kDk;
+  // Makes P itself.
+  static constexpr bool kScored = kSweep == Sweep::kDv || kSweep == Sweep::kDq;
+  // Reads one more tensor: for dq and dk what its outputs are the gradients of, for dv h.
+  static constexpr bool kOwn = kOutputs;
 
   // As in HopperShape.
   static constexpr int kSlabs = kSlabs_;
@@ -52,10 +58,14 @@ struct BackwardShape {
   static constexpr bool kSplit = kSlabs > 4;
   static constexpr int kColumns = 64 * (kSplit ? 1 : kWgs);
   static constexpr int kStateSlabs = kSplit ? kSlabs / 2 : kSlabs;
-  static constexpr int kThreads = 128 * (kWgs + 1);
+  static constexpr int kFirstState = kScored ? 2 : 1;  // warpgroups before those with the state
+  static constexpr int kThreads = 128 * (kWgs + kFirstState);
+  // Two states need more registers than an even share of 128 or 168 for each warpgroup.
   static constexpr bool kUneven = kWgs == 2;
-  static constexpr int kStateRegisters = 232;
-  static constexpr int kLoadRegisters = 40;
+  static constexpr bool kLarge = kStateSlabs == 4;
+  static constexpr int kStateRegisters = kScored ? (kLarge ? 208 : 184) : 232;
+  static constexpr int kScoreRegisters = kLarge ? 64 : 80;
+  static constexpr int kLoadRegisters = kScored ? (kLarge ? 32 : 64) : 40;
   using State = float[32 * kStateSlabs];
 
   // Rings of tiles: queries come by slabs, keys by what a warpgroup takes of them.
@@ -66,8 +76,16 @@ struct BackwardShape {
   static constexpr int kOwnStages = !kOwn ? 0 : kStateSlabs == 4 ? 1 : 2;
   static constexpr int kUnitBytes = kStateSlabs * kTileBytes;
   static constexpr int kValueBytes = kColumns / 64 * kTileBytes;
-  static constexpr int kVectorBytes = kSweepFloats * 4;
-  static constexpr int kVectorStage = 1024;
+  // The part of a chunk's vectors that the sweep needs.
+  static constexpr int kVectorFrom = kSweep == Sweep::kDq ? kInvAt : kSourceAt;
+  static constexpr int kVectorTo = kSweep == Sweep::kDv   ? kWDeltaAt
+                                   : kSweep == Sweep::kDk ? kWDeltaAt + 256
+                                                          : kKeyRowAt;
+  static constexpr int kVectorBytes = kVectorTo - kVectorFrom;
+  // In a stage after them, for dq, up to kMaxRho parts of rho for each token.
+  static constexpr int kRhoAt = 1664;
+  static constexpr int kMaxRho = 8;
+  static constexpr int kVectorStage = kSweep == Sweep::kDq ? kRhoAt + kMaxRho * 256 : 1408;
 
   static constexpr int kQueryAt = 0;
   static constexpr int kKeyAt = kQueryAt + kQuerySlots * kTileBytes;
@@ -78,8 +96,9 @@ struct BackwardShape {
   static constexpr int kExchangeAt = kOutputAt + (kOutputs ? kValueBytes : 0);
   static constexpr int kVectorAt = kExchangeAt + (kSplit && kOutputs ? 2 * kTileBytes : 0);
   static constexpr int kSumAt = kVectorAt + kStages * kVectorStage;  // [group][warp][64 tokens]
-  static constexpr int kBarrierAt = kSumAt + (kOwn ? kWgs * 1024 : 0);
-  static constexpr int kBytes = kBarrierAt + 320 + 1024;
+  static constexpr int kEntryAt = kSumAt + (kAlongQk && kOutputs ? (kSplit ? 1 : kWgs) * 1024 : 0);
+  static constexpr int kBarrierAt = kEntryAt + kWgs * 256;
+  static constexpr int kBytes = kBarrierAt + 384 + 1024;
 };
 
 // Where each kind of barriers starts, counted in barriers.
@@ -94,8 +113,11 @@ enum BackwardBarrier : int {
   kScoresEmpty = 30,
   kOwnFull = 32,
   kOwnEmpty = 34,
+  kDeltasFull = 36,
+  kOutputsFull = 39,  // by state warpgroup
+  kOutputsEmpty = 41,
 };
-constexpr int kCleanBarrier = 3;  // named: all state warpgroups
+constexpr int kCleanBarrier = 6;  // named: all state warpgroups
 
 // One of a ring's places, for the i-th tile.
 template <int kCount>
@@ -111,6 +133,7 @@ struct BackwardBlock {
   uint32_t base;
   int row, head, batch;
   int slab0;  // first of the block's 64-column slabs of v'
+  int key0;   // and of k', of which blocks of sweeps with outputs take all
   int segment;
   int count;      // chunks of the segment
   int from;       // its first chunk, counted in the sequence
@@ -118,18 +141,30 @@ struct BackwardBlock {
   int64_t first;  // its first chunk, counted in all
   bool ends;      // the sequence ends with it
 
-  __device__ __forceinline__ BackwardBlock(const BackwardArgs& passed, unsigned char* smem)
-      : maps(passed), args(passed.args), base((shared_address(smem) + 1023) & ~1023u) {
-    uint32_t id = blockIdx.x;
+  __device__ __forceinline__ BackwardBlock(const BackwardArgs& passed, uint32_t id, uint32_t smem)
+      : maps(passed), args(passed.args), base(smem) {
     const uint32_t slices = div_up(Shape::kAlongQk ? args.dhqk : args.dhhv, Shape::kColumns);
     slab0 = static_cast<int>(id % slices) * (Shape::kColumns / 64);
     id /= slices;
+    key0 = 0;
+    if constexpr (!Shape::kOutputs) {
+      const uint32_t parts = div_up(args.dhhv, Shape::kDim);
+      key0 = static_cast<int>(id % parts) * Shape::kSlabs;
+      id /= parts;
+    }
     const uint32_t segments = args.segments - (Shape::kOutputs ? 0 : 1);
     segment = id % segments + (Shape::kSweep == Sweep::kDc ? 1 : 0);
     id /= segments;
     head = id % args.nh;
     row = id / args.nh;
     batch = batch_of(args, row);
+  }
+
+  // Computed anew, for those who seldom need it and have no registers to keep it in.
+  __device__ __forceinline__ BackwardBlock again() const {
+    BackwardBlock block(maps, opaque(static_cast<int>(blockIdx.x)), base);
+    block.locate();
+    return block;
   }
 
   __device__ __forceinline__ void locate() {
@@ -181,7 +216,18 @@ struct BackwardBlock {
   }
   __device__ __forceinline__ uint32_t exchange() const { return base + Shape::kExchangeAt; }
   __device__ __forceinline__ uint32_t vectors(int stage) const {
-    return base + Shape::kVectorAt + stage * Shape::kVectorStage;
+    return base + Shape::kVectorAt + stage * Shape::kVectorStage - Shape::kVectorFrom;
+  }
+  // delta, in the order of rows, where its sign was, and w delta, in the order of columns, where rho
+  // was.
+  __device__ __forceinline__ uint32_t delta(int stage) const { return vectors(stage) + kSignAt; }
+  __device__ __forceinline__ uint32_t w_delta(int stage) const {
+    return vectors(stage) + Shape::kRhoAt;
+  }
+  // e of a state warpgroup's rows, of which this thread has two, with those of its lane modulo 4.
+  __device__ __forceinline__ uint32_t entry(int group) const {
+    const int thread = opaque(static_cast<int>(threadIdx.x));
+    return base + Shape::kEntryAt + group * 256 + (thread >> 5 & 3) * 64 + (thread >> 2 & 7) * 4;
   }
   __device__ __forceinline__ uint32_t sums(int group) const {
     return base + Shape::kSumAt + (Shape::kSplit ? 0 : group) * 1024;
@@ -199,97 +245,200 @@ struct BackwardBlock {
 
   __device__ __forceinline__ void prepare() const {
     if (threadIdx.x == 0) {
-      constexpr int kWgs = Shape::kWgs;
-      constexpr int kFinal = Shape::kSplit ? 1 : kWgs;  // warpgroups that finish outputs
+      constexpr int kScored = Shape::kScored ? 1 : 0;
+      constexpr int kFinal = Shape::kSplit ? 1 : Shape::kWgs;  // warpgroups that finish outputs
       for (int i = 0; i < 8; ++i) {
         barrier_init(bar(kQueriesFull, i), 1);
-        barrier_init(bar(kQueriesEmpty, i), kFinal);
+        barrier_init(bar(kQueriesEmpty, i), kFinal + kScored);
       }
       for (int i = 0; i < 3; ++i) {
         barrier_init(bar(kKeysFull, i), 1);
-        barrier_init(bar(kKeysEmpty, i), kFinal);
+        barrier_init(bar(kKeysEmpty, i), kFinal + kScored);
         barrier_init(bar(kValuesFull, i), 1);
-        barrier_init(bar(kValuesEmpty, i), 4 * kWgs);
+        barrier_init(bar(kValuesEmpty, i), 4 * (Shape::kWgs + kScored));
+        barrier_init(bar(kDeltasFull, i), 1);
       }
       for (int i = 0; i < 2; ++i) {
-        barrier_init(bar(kScoresFull, i), 1);
-        barrier_init(bar(kScoresEmpty, i), kFinal);
+        barrier_init(bar(kScoresFull, i), Shape::kScored ? 128 : 1);
+        const bool leaves = Shape::kSweep == Sweep::kDq && is_first_slice();
+        barrier_init(bar(kScoresEmpty, i), kFinal + (leaves ? 1 : 0));
+        barrier_init(bar(kOutputsFull, i), 4);
+        barrier_init(bar(kOutputsEmpty, i), 1);
         barrier_init(bar(kOwnFull, i), 1);
-        barrier_init(bar(kOwnEmpty, i), 4 * kFinal);
+        barrier_init(bar(kOwnEmpty, i), 4 * (Shape::kAlongQk ? kFinal : 1));
       }
       barrier_init_fence();
     }
     __syncthreads();
   }
 
-  // ---- loads: each of the warps brings one kind of tiles
+  // ---- loads and stores: each of the warps is for some kinds of tiles
 
-  __device__ __forceinline__ void load(int warp) const {
-    if (!elect_one()) return;
-    if (warp == 0 && Shape::kOutputs) {
-      for (int i = 0; i < count; ++i) {
-        const int token = start(chunk(i));
-#pragma unroll 1
-        for (int j = 0; j < Shape::kSlabs; ++j) {
-          using Slots = Ring<Shape::kOutputs ? Shape::kQuerySlots : 1>;
-          const int x = i * Shape::kSlabs + j;
-          const uint32_t full = bar(kQueriesFull, Slots::slot(x));
-          barrier_wait(bar(kQueriesEmpty, Slots::slot(x)), Slots::phase(x) ^ 1);
-          barrier_expect(full, kTileBytes);
-          load_box(query(Slots::slot(x)), &maps.queries, full, token, j, head, batch);
-        }
-      }
-    } else if (warp == 1) {
-      constexpr int kParts = Shape::kSplit ? 2 : 1;
-      for (int i = 0; i < count; ++i) {
-        const int token = start(chunk(i));
-#pragma unroll
-        for (int j = 0; j < kParts; ++j) {
-          using Units = Ring<Shape::kKeyUnits>;
-          const int x = i * kParts + j;
-          const uint32_t full = bar(kKeysFull, Units::slot(x));
-          barrier_wait(bar(kKeysEmpty, Units::slot(x)), Units::phase(x) ^ 1);
-          barrier_expect(full, Shape::kUnitBytes);
-          load_box(key(Units::slot(x)), &maps.keys, full, token, j * Shape::kStateSlabs, head,
-                   batch);
-        }
-      }
-    } else if (warp == 2) {
-      for (int i = 0; i < count; ++i) {
-        using Stages = Ring<Shape::kStages>;
-        using Scores = Ring<Shape::kOutputs ? Shape::kScoreStages : 1>;
-        const int stage = Stages::slot(i);
-        const uint32_t full = bar(kValuesFull, stage);
-        const int64_t index = chunk_index(args, first + chunk(i), head);
-        barrier_wait(bar(kValuesEmpty, stage), Stages::phase(i) ^ 1);
-        barrier_expect(full, Shape::kValueBytes + Shape::kVectorBytes);
-        load_bytes(vectors(stage), args.packed + index * kBackwardFloats, Shape::kVectorBytes, full);
-        load_box(value(stage, 0), &maps.values, full, start(chunk(i)), slab0, head, batch);
-        if (Shape::kOutputs) {
-          const uint32_t scores = bar(kScoresFull, Scores::slot(i));
-          barrier_wait(bar(kScoresEmpty, Scores::slot(i)), Scores::phase(i) ^ 1);
-          barrier_expect(scores, kTileBytes);
-          load_box(score(Scores::slot(i)), &maps.scores, scores, static_cast<int>(index * 64), 0, 0,
-                   0);
-        }
-      }
-    } else if (Shape::kOwn) {
-      for (int i = 0; i < count; ++i) {
-        using Owns = Ring<Shape::kOwn ? Shape::kOwnStages : 1>;
-        const uint32_t full = bar(kOwnFull, Owns::slot(i));
-        barrier_wait(bar(kOwnEmpty, Owns::slot(i)), Owns::phase(i) ^ 1);
-        barrier_expect(full, Shape::kValueBytes);
-        load_box(own(Owns::slot(i), 0), &maps.own, full, start(chunk(i)), slab0, head, batch);
+  __device__ __forceinline__ void serve(int warp) const {
+    if (warp == 3) {
+      if constexpr (Shape::kOutputs) store_outputs();
+    } else if (elect_one()) {
+      if (warp == 0) {
+        if constexpr (Shape::kOutputs) load_queries();
+      } else if (warp == 1) {
+        load_keys();
+      } else {
+        load_values();
       }
     }
   }
+
+  __device__ __forceinline__ void load_queries() const {
+    using Slots = Ring<Shape::kQuerySlots>;
+    for (int i = 0; i < count; ++i) {
+      const int token = start(chunk(i));
+#pragma unroll 1
+      for (int j = 0; j < Shape::kSlabs; ++j) {
+        const int x = i * Shape::kSlabs + j;
+        const uint32_t full = bar(kQueriesFull, Slots::slot(x));
+        barrier_wait(bar(kQueriesEmpty, Slots::slot(x)), Slots::phase(x) ^ 1);
+        barrier_expect(full, kTileBytes);
+        load_box(query(Slots::slot(x)), &maps.queries, full, token, j, head, batch);
+      }
+    }
+  }
+
+  // And own tiles.
+  __device__ __forceinline__ void load_keys() const {
+    using Units = Ring<Shape::kKeyUnits>;
+    constexpr int kParts = Shape::kSplit ? 2 : 1;
+    for (int i = 0; i < count; ++i) {
+      const int token = start(chunk(i));
+#pragma unroll
+      for (int j = 0; j < kParts; ++j) {
+        const int x = i * kParts + j;
+        const uint32_t full = bar(kKeysFull, Units::slot(x));
+        barrier_wait(bar(kKeysEmpty, Units::slot(x)), Units::phase(x) ^ 1);
+        barrier_expect(full, Shape::kUnitBytes);
+        load_box(key(Units::slot(x)), &maps.keys, full, token, key0 + j * Shape::kStateSlabs, head,
+                 batch);
+      }
+      if constexpr (Shape::kOwn) {
+        using Owns = Ring<Shape::kOwnStages>;
+        if (!Shape::kAlongQk && !needs_rho()) continue;
+        const uint32_t full = bar(kOwnFull, Owns::slot(i));
+        barrier_wait(bar(kOwnEmpty, Owns::slot(i)), Owns::phase(i) ^ 1);
+        barrier_expect(full, Shape::kValueBytes);
+        load_box(own(Owns::slot(i), 0), &maps.own, full, token, slab0, head, batch);
+      }
+    }
+  }
+
+  // And scores, to or from memory.
+  __device__ __forceinline__ void load_values() const {
+    using Stages = Ring<Shape::kStages>;
+    const bool leaves = Shape::kSweep == Sweep::kDq && is_first_slice();
+    for (int i = 0; i < count; ++i) {
+      const int stage = Stages::slot(i);
+      const uint32_t full = bar(kValuesFull, stage);
+      const int64_t index = chunk_index(args, first + chunk(i), head);
+      if (leaves && i >= Shape::kStages) leave_scores(i - Shape::kStages);
+      barrier_wait(bar(kValuesEmpty, stage), Stages::phase(i) ^ 1);
+      const int rho = Shape::kSweep == Sweep::kDq && needs_rho() ? args.rho_parts * 256 : 0;
+      barrier_expect(full, Shape::kValueBytes + Shape::kVectorBytes + rho);
+      if (rho != 0) {
+        load_bytes(w_delta(stage), args.rho + index * args.rho_parts * 64, rho, full);
+      }
+      load_bytes(vectors(stage) + Shape::kVectorFrom,
+                 args.packed + index * kBackwardFloats + Shape::kVectorFrom / 4,
+                 Shape::kVectorBytes, full);
+      load_box(value(stage, 0), &maps.values, full, start(chunk(i)), slab0, head, batch);
+      if constexpr (Shape::kSweep == Sweep::kDk) {
+        using Scores = Ring<Shape::kScoreStages>;
+        const uint32_t scores = bar(kScoresFull, Scores::slot(i));
+        barrier_wait(bar(kScoresEmpty, Scores::slot(i)), Scores::phase(i) ^ 1);
+        barrier_expect(scores, kTileBytes);
+        load_box(score(Scores::slot(i)), &maps.scores, scores, static_cast<int>(index * 64), 0, 0,
+                 0);
+      }
+    }
+    if (leaves) {
+      for (int i = max(count - Shape::kStages, 0); i < count; ++i) leave_scores(i);
+      store_wait();
+    }
+  }
+  __device__ __forceinline__ void leave_scores(int i) const {
+    using Scores = Ring<Shape::kOutputs ? Shape::kScoreStages : 1>;
+    const int64_t index = chunk_index(args, first + chunk(i), head);
+    barrier_wait(bar(kScoresFull, Scores::slot(i)), Scores::phase(i));
+    store_box(&maps.scores, score(Scores::slot(i)), static_cast<int>(index * 64), 0, 0, 0);
+    store_commit();
+    store_wait_read();
+    barrier_arrive(bar(kScoresEmpty, Scores::slot(i)));
+  }
+
+  // By a warp. Finished tiles go to memory by the copy engine, unless the chunk ends within them and
+  // the next sequence's tokens follow; and with dq and dk the sums q.dq and k.dk.
+  __device__ __forceinline__ void store_outputs() const {
+    constexpr int kTiles = Shape::kColumns / 64;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+#pragma unroll 1
+      for (int j = 0; j < kTiles; ++j) {
+        barrier_wait(bar(kOutputsFull, j), i & 1);
+        const bool first_lane = (opaque(static_cast<int>(threadIdx.x)) & 31) == 0;
+        if (unclean(chunk(i))) {
+          again().store_rows(j, chunk(i));
+        } else if (first_lane) {
+          store_box(&maps.out, output(j), start(chunk(i)), slab0 + j, head, batch);
+          store_commit();
+        }
+        if constexpr (Shape::kAlongQk) {
+          if ((slab0 + j) * 64 < args.dhqk) again().store_sums(j, chunk(i));
+        }
+      }
+      if ((opaque(static_cast<int>(threadIdx.x)) & 31) == 0) {
+        store_wait_read();
+        for (int j = 0; j < kTiles; ++j) barrier_arrive(bar(kOutputsEmpty, j));
+      }
+      __syncwarp();
+    }
+    store_wait();
+  }
+  __device__ __forceinline__ void store_rows(int j, int chunk) const {
+    const int column = (slab0 + j) * 64, len = length(chunk);
+    if (column >= (Shape::kAlongQk ? args.dhqk : args.dhhv)) return;
+    const Tensor& out = Shape::kSweep == Sweep::kDv   ? args.dv
+                        : Shape::kSweep == Sweep::kDq ? args.dq
+                                                      : args.dk;
+    const int piece = threadIdx.x & 7;
+#pragma unroll 1
+    for (int r = threadIdx.x / 8 % 4; r < len; r += 4) {
+      T* row = at<T>(out, batch, head, start(chunk) + r) + column;
+      reinterpret_cast<uint4*>(row)[piece] = load_shared_16(swizzled(output(j), r, piece));
+    }
+  }
+  __device__ __forceinline__ void store_sums(int j, int chunk) const {
+    const int64_t part = static_cast<int64_t>(slab0 + j) * args.b * args.nh * args.s;
+    float* to = static_cast<float*>(Shape::kSweep == Sweep::kDq ? args.q_dq : args.k_dk) + part +
+                token_index(args, batch, head, start(chunk));
+    const int len = length(chunk);
+#pragma unroll 1
+    for (int t = threadIdx.x & 31; t < len; t += 32) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) sum += load_shared(sums(j) + w * 256 + t * 4);
+      to[t] = sum;
+    }
+  }
+
+  __device__ __forceinline__ bool needs_rho() const {
+    return (args.flags & kNormalize) != 0 && (args.flags & kDetach) == 0;
+  }
+  // Whether it writes what all blocks of the head have alike.
+  __device__ __forceinline__ bool is_first_slice() const { return slab0 == 0; }
 
   // A state warpgroup's first column of v' and of k'.
   __device__ __forceinline__ int column_of(int group) const {
     return (slab0 + (Shape::kSplit ? 0 : group)) * 64;
   }
-  static __device__ __forceinline__ int dim_of(int group) {
-    return Shape::kSplit ? group * Shape::kDim / 2 : 0;
+  __device__ __forceinline__ int dim_of(int group) const {
+    return key0 * 64 + (Shape::kSplit ? group * Shape::kDim / 2 : 0);
   }
 
   static __device__ __forceinline__ void sync_group(int group) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward_ends_sm90.cuh"
+#include "backward_scores_sm90.cuh"
 
 namespace mlstm {
 
@@ -19,9 +20,11 @@ struct Sweeper {
 
   // Byte offsets in a chunk's vectors.
   static constexpr int kAlphaAt = Shape::kSweep == Sweep::kDq ? kWsiAt : kSourceAt;
-  static constexpr int kAlphaBetaAt = Shape::kSweep == Sweep::kDq ? kWDeltaAt : kSourceAt;
   static constexpr int kTakeAt = Shape::kReverse ? kWsiAt : kSourceAt;
   static constexpr int kTakeVectorAt = Shape::kReverse ? kWDeltaAt : kSourceAt;
+
+  // dn of segments comes from the sweep for dq.
+  static constexpr bool kHasVector = Shape::kAlongQk && Shape::kSweep != Sweep::kDc;
 
   // A (64 columns of v' as rows x 16 tokens) of c v'; its row sums with b in place of c go to `sum`.
   static __device__ __forceinline__ void weigh(uint32_t (&a)[4], float (&sum)[2], int j,
@@ -31,102 +34,129 @@ struct Sweeper {
     const uint32_t own = vectors + (lane & 3) * 64 + j * 16;
     const float4 c = load_shared_4(own + kTakeAt);
     float4 b = c;
-    if (Shape::kAlongQk && kTakeVectorAt != kTakeAt) b = load_shared_4(own + kTakeVectorAt);
+    if (Shape::kSweep == Sweep::kDk) b = load_shared_4(own + kTakeVectorAt);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float first, second;
       unpack<T>(a[i], first, second);
-      if constexpr (Shape::kAlongQk) {
-        sum[i & 1] += first * (i < 2 ? b.x : b.z) + second * (i < 2 ? b.y : b.w);
+      if constexpr (kHasVector) {
+        // Volatile, or the compiler would keep products for later.
+        asm volatile("fma.rn.f32 %0, %1, %2, %0;" : "+f"(sum[i & 1]) : "f"(first), "f"(i < 2 ? b.x : b.z));
+        asm volatile("fma.rn.f32 %0, %1, %2, %0;" : "+f"(sum[i & 1]) : "f"(second), "f"(i < 2 ? b.y : b.w));
       }
       a[i] = pack_operand<T>(first * (i < 2 ? c.x : c.z), second * (i < 2 ? c.y : c.w));
     }
   }
 
-  // O = S q'^T by half slabs, as in the forward: while one is multiplied, the next is packed and the
-  // last decayed.
-  template <typename F>
-  __device__ __forceinline__ void multiply(float (&o)[32], State& c, int i, float g,
-                                           F meanwhile) const {
+  // O = S q'^T by 16 columns of S: while some are multiplied, the next are packed and the last decayed.
+  __device__ __forceinline__ void multiply(float (&o)[32], State& c, int i, float g) const {
+    constexpr int kBuffers = Shape::kLarge && Shape::kScored ? 3 : 4;  // for want of registers
     const int first = i * Shape::kSlabs + (Shape::kSplit ? group * Shape::kStateSlabs : 0);
     const bool leader = threadIdx.x % 128 == 0;
-    uint32_t a[2][2][4];
+    uint32_t a[kBuffers][4];
     // Nothing is in flight here, but the compiler does not see as far as the last update's wait.
     wgmma_wait<0>();
     pin<32 * Shape::kStateSlabs>(c);
     pin<32>(o);
 #pragma unroll
-    for (int h = 0; h < 2 * Shape::kStateSlabs; ++h) {
-      if (h >= 2) wgmma_wait<1>();
-      if (h >= 3 && (h & 1) != 0 && leader) {
-        barrier_arrive(block.bar(kQueriesEmpty, Slots::slot(first + (h - 3) / 2)));
+    for (int h = 0; h < 4 * Shape::kStateSlabs; ++h) {
+      if (h >= kBuffers) wgmma_wait<kBuffers - 1>();
+      // All but the last kBuffers - 1 are done.
+      if (h >= 3 + kBuffers && (h - kBuffers) % 4 == 3 && leader) {
+        barrier_arrive(block.bar(kQueriesEmpty, Slots::slot(first + (h - kBuffers) / 4)));
       }
-      pin<16>(c + 16 * h);
+      uint32_t(&own)[4] = a[h % kBuffers];
+      pin<8>(c + 8 * h);
 #pragma unroll
-      for (int x = 0; x < 8; ++x) {
-        a[h & 1][x / 4][x % 4] = pack_operand<T>(c[16 * h + 2 * x], c[16 * h + 2 * x + 1]);
+      for (int x = 0; x < 4; ++x) {
+        own[x] = pack_operand<T>(c[8 * h + 2 * x], c[8 * h + 2 * x + 1]);
       }
-      const int slot = Slots::slot(first + h / 2);
-      if ((h & 1) == 0) barrier_wait(block.bar(kQueriesFull, slot), Slots::phase(first + h / 2));
-      const uint64_t b = operand(block.query(slot), 16, 1024);
+      const int slot = Slots::slot(first + h / 4);
+      if (h % 4 == 0) barrier_wait(block.bar(kQueriesFull, slot), Slots::phase(first + h / 4));
       wgmma_fence();
-#pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        wgmma<0>(o, a[h & 1][x], b + ((h & 1) * 2 + x) * 2, h + x > 0, T{});
-      }
+      wgmma<0>(o, own, operand(block.query(slot), 16, 1024) + h % 4 * 2, h > 0, T{});
       wgmma_commit();
-      pin<16>(c + 16 * h);
+      pin<8>(c + 8 * h);
       // Volatile, or the compiler would do all of it at the end.
 #pragma unroll
-      for (int x = 0; x < 16; ++x) {
-        asm volatile("mul.f32 %0, %0, %1;" : "+f"(c[16 * h + x]) : "f"(g));
+      for (int x = 0; x < 8; ++x) {
+        asm volatile("mul.f32 %0, %0, %1;" : "+f"(c[8 * h + x]) : "f"(g));
       }
-      if (Shape::kStateSlabs < 4) meanwhile(h);
-      if (Shape::kStateSlabs == 1) meanwhile(h + 2);
     }
     wgmma_wait<0>();
     pin<32>(o);
     if (leader) {
-      constexpr int kReleased = Shape::kStateSlabs - 1;
-#pragma unroll
-      for (int j = kReleased; j < Shape::kStateSlabs; ++j) {
-        barrier_arrive(block.bar(kQueriesEmpty, Slots::slot(first + j)));
-      }
-    }
-    if (Shape::kStateSlabs == 4) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) meanwhile(j);
+      barrier_arrive(block.bar(kQueriesEmpty, Slots::slot(first + Shape::kStateSlabs - 1)));
     }
   }
 
-  // S += (c v') k'^T; left in flight.
-  __device__ __forceinline__ void update(State& c, uint32_t (&a)[4][4], int unit) const {
-    const uint64_t keys = operand(block.key(unit), kTileBytes, 1024);
+  // S += (c v') k'^T of 16 tokens; left in flight. By at most 128 columns: with four warpgroups the
+  // compiler has too few registers for an instruction of 256.
+  __device__ __forceinline__ void update(State& c, const uint32_t (&a)[4], uint32_t keys) const {
+    constexpr int kPart = Shape::kStateSlabs > 2 ? 2 : Shape::kStateSlabs;
+    wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) wgmma<1>(c, a[j], keys + j * 128, true, T{});
+    for (int part = 0; part < Shape::kStateSlabs; part += kPart) {
+      wgmma<1>(reinterpret_cast<float(&)[32 * kPart]>(c[32 * part]), a,
+               operand(keys + part * kTileBytes, kTileBytes, 1024), true, T{});
+    }
     wgmma_commit();
   }
 
-  // O = alpha O + alpha beta e.
-  __device__ __forceinline__ void scale(float (&o)[32], const float (&e)[2], uint32_t vectors,
-                                        int lane) const {
+  // The same of all tokens, and e with them: while some are multiplied the next are weighted.
+  __device__ __forceinline__ void update_all(State& c, int i, float g) const {
+    const int unit = block.unit_of(i, group), stage = Stages::slot(i);
+    const int lane = opaque(static_cast<int>(threadIdx.x & 31));
+    const int warp = opaque(static_cast<int>(threadIdx.x >> 5 & 3));
+    const uint32_t value = block.value(stage, group), vectors = block.vectors(stage);
+    const uint32_t keys = block.key(Units::slot(unit));
+    uint32_t a[2][4];
+    float sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint32_t own = vectors + (lane & 3) * 64 + j * 16;
-      const float4 alpha = load_shared_4(own + kAlphaAt);
+      if (j >= 2) wgmma_wait<1>();
+      weigh(a[j & 1], sum, j, value, vectors, lane, warp);
+      if (j == 0) barrier_wait(block.bar(kKeysFull, Units::slot(unit)), Units::phase(unit));
+      update(c, a[j & 1], keys + j * 2048);
+    }
+    if constexpr (kHasVector) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t entry = block.entry(group) + half * 32;
+        const float e = load_shared(entry), added = quad_sum(sum[half]);
+        __syncwarp();
+        if ((lane & 3) == 0) store_shared(entry, (g == 0.0f ? 0.0f : e * g) + added);
+      }
+      __syncwarp();
+    }
+  }
+
+  // O = alpha O + alpha beta e. Where a token resets the state, alpha may be zero and then forgets the
+  // state, NaN included.
+  template <bool kResets>
+  __device__ __forceinline__ void scale(float (&o)[32], int stage, int lane) const {
+    float e[2];
+    if constexpr (Shape::kAlongQk) {
+      e[0] = load_shared(block.entry(group));
+      e[1] = load_shared(block.entry(group) + 32);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t own = (lane & 3) * 64 + j * 16;
+      const float4 alpha = load_shared_4(block.vectors(stage) + kAlphaAt + own);
       float4 beta = alpha;
-      if (Shape::kAlongQk && kAlphaBetaAt != kAlphaAt) beta = load_shared_4(own + kAlphaBetaAt);
+      if (Shape::kSweep == Sweep::kDq) beta = load_shared_4(block.w_delta(stage) + own);
 #pragma unroll
       for (int x = 0; x < 8; ++x) {
         const float weight = x < 4 ? (x & 1 ? alpha.y : alpha.x) : (x & 1 ? alpha.w : alpha.z);
-        float out = o[8 * j + x] * weight;
+        float* out = o + 8 * j + x;
+        *out = kResets && weight == 0.0f ? 0.0f : *out * weight;
         if constexpr (Shape::kAlongQk) {
           if (!Shape::kSplit || group == 0) {
-            out += e[x >> 1 & 1] * (x < 4 ? (x & 1 ? beta.y : beta.x) : (x & 1 ? beta.w : beta.z));
+            const float add = x < 4 ? (x & 1 ? beta.y : beta.x) : (x & 1 ? beta.w : beta.z);
+            if (!kResets || add != 0.0f) *out += e[x >> 1 & 1] * add;
           }
         }
-        // A weight of zero forgets the state, NaN included.
-        o[8 * j + x] = weight == 0.0f ? 0.0f : out;
       }
     }
   }
@@ -199,35 +229,12 @@ struct Sweeper {
     store_shared_2(block.sums(group) + warp * 256 + lane * 8, sum[0], sum[1]);
   }
 
-  // A finished tile to memory: by the copy engine, unless the chunk ends within it and the next
-  // sequence's tokens follow.
-  __device__ __forceinline__ void store(uint32_t tile, int chunk, int tid) const {
-    const int token = block.start(chunk);
-    if (!block.unclean(chunk)) {
-      if (tid == 0) {
-        store_box(&block.maps.out, tile, token, block.column_of(group) / 64, block.head,
-                  block.batch);
-        store_commit();
-      }
-      return;
-    }
-    const Args& args = block.args;
-    const int len = block.length(chunk), column = block.column_of(group);
-    if (column >= (Shape::kAlongQk ? args.dhqk : args.dhhv)) return;
-    const Tensor& out = Shape::kSweep == Sweep::kDv   ? args.dv
-                        : Shape::kSweep == Sweep::kDq ? args.dq
-                                                      : args.dk;
-    for (int r = tid / 8; r < len; r += 16) {
-      T* row = at<T>(out, block.batch, block.head, token + r) + column;
-      reinterpret_cast<uint4*>(row)[tid & 7] = load_shared_16(swizzled(tile, r, tid & 7));
-    }
-  }
-
-  // The outputs of one chunk through shared memory, and the sums of each token.
-  __device__ __forceinline__ void put(const float (&o)[32], int i, int chunk) const {
+  // The outputs of one chunk to shared memory, from where others store them.
+  __device__ __forceinline__ void put(const float (&o)[32], int i) const {
     const int tid = opaque(static_cast<int>(threadIdx.x % 128));
     const int lane = tid & 31, warp = tid >> 5;
-    if constexpr (Shape::kOwn) sum_own(o, i, lane, warp);
+    barrier_wait(block.bar(kOutputsEmpty, group), (i & 1) ^ 1);
+    if constexpr (Shape::kAlongQk) sum_own(o, i, lane, warp);
     const uint32_t tile = block.output(group);
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
@@ -239,27 +246,14 @@ struct Sweeper {
           swizzled(tile, j * 8 + (lane & 7) + (lane >> 4) * 8, warp * 2 + (lane >> 3 & 1)), packed);
     }
     async_proxy_fence();
-    block.sync_group(group);
-    store(tile, chunk, tid);
-    if constexpr (Shape::kOwn) {
-      const Args& args = block.args;
-      const int column = block.column_of(group);
-      if (tid < block.length(chunk) && column < args.dhqk) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < 4; ++w) sum += load_shared(block.sums(group) + w * 256 + tid * 4);
-        void* to = Shape::kSweep == Sweep::kDq ? args.q_dq : args.k_dk;
-        const int64_t part = static_cast<int64_t>(column / 64) * args.b * args.nh * args.s;
-        static_cast<float*>(to)[part + token_index(args, block.batch, block.head,
-                                                   block.start(chunk) + tid)] = sum;
-      }
-    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(block.bar(kOutputsFull, group));
   }
 
   // Zeroes what the tiles of a chunk hold of the next sequence: it must not count, not even as 0
   // times NaN. By all state warpgroups.
-  __device__ __forceinline__ void clean(int i, int chunk) const {
-    const int words = (64 - block.length(chunk)) * 32, offset = block.length(chunk) * 128;
+  __device__ __forceinline__ void clean(int i, int length) const {
+    const int words = (64 - length) * 32, offset = length * 128;
 #pragma unroll 1
     for (int part = 0; part < (Shape::kSplit ? 2 : 1); ++part) {
       const int unit = block.unit_of(i, part);
@@ -267,7 +261,7 @@ struct Sweeper {
 #pragma unroll 1
       for (int j = 0; j < Shape::kStateSlabs; ++j) {
         const uint32_t tile = block.key(Units::slot(unit)) + j * kTileBytes + offset;
-        for (int x = threadIdx.x - 128; x < words; x += 128 * Shape::kWgs) {
+        for (int x = threadIdx.x - 128 * Shape::kFirstState; x < words; x += 128 * Shape::kWgs) {
           store_shared(tile + x * 4, 0u);
         }
       }
@@ -275,7 +269,7 @@ struct Sweeper {
 #pragma unroll 1
     for (int j = 0; j < Shape::kColumns / 64; ++j) {
       const uint32_t tile = block.value(Stages::slot(i), j) + offset;
-      for (int x = threadIdx.x - 128; x < words; x += 128 * Shape::kWgs) {
+      for (int x = threadIdx.x - 128 * Shape::kFirstState; x < words; x += 128 * Shape::kWgs) {
         store_shared(tile + x * 4, 0u);
       }
     }
@@ -285,14 +279,17 @@ struct Sweeper {
 
   // P v' onto O; left in flight.
   __device__ __forceinline__ void add_scores(float (&o)[32], int i) const {
+    barrier_wait(block.bar(kScoresFull, ScoreStages::slot(i)), ScoreStages::phase(i));
+    pin<32>(o);
+    wgmma_fence();
     const uint64_t values = operand(block.value(Stages::slot(i), group), kTileBytes, 1024);
     const uint32_t tile = block.score(ScoreStages::slot(i));
-    // The tiles' rows are queries, dq's tokens; the others' are their columns.
-    const uint64_t scores = operand(tile, Shape::kReverse ? kTileBytes : 16, 1024);
+    // dk's comes as dq's G: its own tokens are that tile's columns.
+    constexpr bool kTurned = Shape::kSweep == Sweep::kDk;
+    const uint64_t scores = operand(tile, kTurned ? kTileBytes : 16, 1024);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      wgmma<1, Shape::kReverse ? 1 : 0>(o, values + j * 128,
-                                        scores + j * (Shape::kReverse ? 128 : 2), true, T{});
+      wgmma<1, kTurned ? 1 : 0>(o, values + j * 128, scores + j * (kTurned ? 128 : 2), true, T{});
     }
     wgmma_commit();
   }
@@ -300,10 +297,9 @@ struct Sweeper {
   __device__ __forceinline__ void run() const {
     const Ends<T, Shape> ends{block, group};
     State c;
-    float e[2];
-    ends.start(c, e);
+    ends.start(c);
     if constexpr (Shape::kSweep == Sweep::kDk) {
-      if (block.ends) ends.meet_boundary(c, e, div_up(block.total, kGroupChunks));
+      if (block.ends) ends.meet_boundary(c, div_up(block.total, kGroupChunks));
     }
     const bool leader = threadIdx.x % 128 == 0;
     const int lane = threadIdx.x & 31;
@@ -311,79 +307,65 @@ struct Sweeper {
     const int count = block.count;
     float decay = 1.0f;
     for (int i = 0; i < count; ++i) {
-      const int chunk = block.chunk(i), place = block.from + chunk;
+      // A segment starts with a group of chunks.
+      const int chunk = block.chunk(i);
       if constexpr (Shape::kSweep == Sweep::kDq) {
-        if (place % kGroupChunks == 0) ends.keep_boundary(c, e, place / kGroupChunks);
+        if (chunk % kGroupChunks == 0) {
+          ends.keep_boundary(c, (block.from + chunk) / kGroupChunks);
+        }
       }
-      const int stage = Stages::slot(i), unit = block.unit_of(i, group);
+      const int stage = Stages::slot(i);
       barrier_wait(block.bar(kValuesFull, stage), Stages::phase(i));
       const uint32_t vectors = block.vectors(stage);
       const float g = load_shared(vectors + kSweepDecayAt);
-      if (block.unclean(chunk)) clean(i, chunk);
-      const uint32_t value = block.value(stage, group);
-      uint32_t a[4][4];
-      float sum[2] = {0.0f, 0.0f};
-      const auto weigh_part = [&](int j) { weigh(a[j], sum, j, value, vectors, lane, warp); };
+      const int length = __float_as_int(load_shared(vectors + kSweepLengthAt));
+      if (length < 64) clean(i, length);
       float o[32];
       if constexpr (Shape::kOutputs) {
-        // The last chunk's store must have read its tile before anyone writes the next.
-        if (leader) store_wait_read();
-        block.sync_group(group);
-        multiply(o, c, i, g, weigh_part);
-        scale(o, e, vectors, lane);
+        multiply(o, c, i, g);
+        if (Shape::kSweep == Sweep::kDq) {
+          barrier_wait(block.bar(kDeltasFull, stage), Stages::phase(i));
+        }
+        if (g == 0.0f) {
+          scale<true>(o, stage, lane);
+        } else {
+          scale<false>(o, stage, lane);
+        }
       } else {
 #pragma unroll
         for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] *= g;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) weigh_part(j);
         decay *= g;
       }
       if (g == 0.0f) {
 #pragma unroll
         for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] = 0.0f;
       }
-      if constexpr (Shape::kAlongQk) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          e[half] = (g == 0.0f ? 0.0f : e[half] * g) + quad_sum(sum[half]);
-        }
-      }
 
       const bool finishes = Shape::kOutputs && (!Shape::kSplit || group == 0);
       if (Shape::kOutputs && Shape::kSplit && group == 1) give(o, i);
+      if (Shape::kSplit && finishes) take(o, i + 1 < count);
+      if (finishes) add_scores(o, i);
+      pin<32 * Shape::kStateSlabs>(c);
+      update_all(c, i, g);
       if (finishes) {
-        if (Shape::kSplit) take(o, i + 1 < count);
-        barrier_wait(block.bar(kScoresFull, ScoreStages::slot(i)), ScoreStages::phase(i));
-        pin<32>(o);
-        pin<32 * Shape::kStateSlabs>(c);
-        wgmma_fence();
-        add_scores(o, i);
-        barrier_wait(block.bar(kKeysFull, Units::slot(unit)), Units::phase(unit));
-        update(c, a, Units::slot(unit));
-        wgmma_wait<1>();
+        // All but the last two parts of the update are done, and what came before.
         pin<32>(o);
         if (leader) barrier_arrive(block.bar(kScoresEmpty, ScoreStages::slot(i)));
-        __syncwarp();
-        if (lane == 0) barrier_arrive(block.bar(kValuesEmpty, stage));
-        put(o, i, chunk);
-      } else {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(block.bar(kValuesEmpty, stage));
-        barrier_wait(block.bar(kKeysFull, Units::slot(unit)), Units::phase(unit));
-        pin<32 * Shape::kStateSlabs>(c);
-        wgmma_fence();
-        update(c, a, Units::slot(unit));
       }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(block.bar(kValuesEmpty, stage));
+      if (finishes) put(o, i);
       wgmma_wait<0>();
       pin<32 * Shape::kStateSlabs>(c);
-      if (leader) barrier_arrive(block.bar(kKeysEmpty, Units::slot(unit)));
+      if (leader) barrier_arrive(block.bar(kKeysEmpty, Units::slot(block.unit_of(i, group))));
       if constexpr (Shape::kSweep == Sweep::kDk) {
-        if (place % kGroupChunks == 0) ends.meet_boundary(c, e, place / kGroupChunks);
+        if (chunk % kGroupChunks == 0) {
+          ends.meet_boundary(c, (block.from + chunk) / kGroupChunks);
+        }
       }
     }
-    if (Shape::kOutputs && leader) store_wait();
     if constexpr (Shape::kSweep == Sweep::kDq) {
-      if (block.ends) ends.keep_boundary(c, e, div_up(block.total, kGroupChunks));
+      if (block.ends) ends.keep_boundary(c, div_up(block.total, kGroupChunks));
     }
     if constexpr (Shape::kSweep == Sweep::kDk) {
       const Args& args = block.args;
@@ -391,16 +373,16 @@ struct Sweeper {
         ends.keep(c, at<float>(args.dc_initial, block.row, block.head, 0), args.dc_initial.stride_s);
       }
       if (block.from == 0 && args.dn_initial.data != nullptr) {
-        ends.keep_vector(e, at<float>(args.dn_initial, block.row, block.head, 0));
+        ends.keep_vector(at<float>(args.dn_initial, block.row, block.head, 0));
       }
     }
-    if constexpr (!Shape::kOutputs) ends.keep_segment(c, e, decay);
+    if constexpr (!Shape::kOutputs) ends.keep_segment(c, decay);
   }
 };
 
 template <typename T, typename Shape>
 __device__ __forceinline__ void backward_sweep(const BackwardArgs& maps, unsigned char* smem) {
-  BackwardBlock<T, Shape> block(maps, smem);
+  BackwardBlock<T, Shape> block(maps, blockIdx.x, (shared_address(smem) + 1023) & ~1023u);
   block.prepare();
   wait_for_previous();
   start_dependents();
@@ -409,29 +391,35 @@ __device__ __forceinline__ void backward_sweep(const BackwardArgs& maps, unsigne
   const int group = __shfl_sync(0xffffffffu, threadIdx.x >> 7, 0);
   if (group == 0) {
     if constexpr (Shape::kUneven) give_registers<Shape::kLoadRegisters>();
-    block.load(__shfl_sync(0xffffffffu, threadIdx.x >> 5, 0));
+    block.serve(__shfl_sync(0xffffffffu, threadIdx.x >> 5, 0));
+  } else if (Shape::kScored && group == 1) {
+    if constexpr (Shape::kUneven && Shape::kScored) give_registers<Shape::kScoreRegisters>();
+    if constexpr (Shape::kScored) Scorer<T, Shape>{block}.run();
   } else {
     if constexpr (Shape::kUneven) take_registers<Shape::kStateRegisters>();
-    Sweeper<T, Shape>{block, group - 1}.run();
+    Sweeper<T, Shape>{block, group - Shape::kFirstState}.run();
   }
 }
 
 #define MLSTM_SWEEP(NAME, T, SLABS, WGS, SWEEP)                                            \
-  extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)                         \
-      NAME(const __grid_constant__ mlstm::BackwardArgs args) {                             \
+  extern "C" __global__ void                                                               \
+      __launch_bounds__((mlstm::BackwardShape<SLABS, WGS, SWEEP>::kThreads), 1)            \
+          NAME(const __grid_constant__ mlstm::BackwardArgs args) {                         \
     extern __shared__ unsigned char smem[];                                                \
     mlstm::backward_sweep<T, mlstm::BackwardShape<SLABS, WGS, SWEEP>>(args, smem);         \
   }                                                                                        \
   MLSTM_GEOMETRY(NAME, (mlstm::BackwardShape<SLABS, WGS, SWEEP>::kColumns), 64 * SLABS,    \
-                 128 * (WGS + 1), (mlstm::BackwardShape<SLABS, WGS, SWEEP>::kBytes))
+                 (mlstm::BackwardShape<SLABS, WGS, SWEEP>::kThreads),                      \
+                 (mlstm::BackwardShape<SLABS, WGS, SWEEP>::kBytes))
 
 // Names are <sweep>_<type>_<rows>x<columns of S>.
-#define MLSTM_SWEEPS(NAME, T, SWEEP)               \
-  MLSTM_SWEEP(NAME##_64x64, T, 1, 1, SWEEP)        \
-  MLSTM_SWEEP(NAME##_128x64, T, 1, 2, SWEEP)       \
-  MLSTM_SWEEP(NAME##_64x128, T, 2, 1, SWEEP)       \
-  MLSTM_SWEEP(NAME##_128x128, T, 2, 2, SWEEP)      \
-  MLSTM_SWEEP(NAME##_128x256, T, 4, 2, SWEEP)      \
-  MLSTM_SWEEP(NAME##_64x512, T, 8, 2, SWEEP)
+#define MLSTM_SWEEPS(NAME, T, SWEEP)          \
+  MLSTM_SWEEP(NAME##_64x64, T, 1, 1, SWEEP)   \
+  MLSTM_SWEEP(NAME##_128x64, T, 1, 2, SWEEP)  \
+  MLSTM_SWEEP(NAME##_64x128, T, 2, 1, SWEEP)  \
+  MLSTM_SWEEP(NAME##_128x128, T, 2, 2, SWEEP) \
+  MLSTM_SWEEP(NAME##_128x256, T, 4, 2, SWEEP)
+// Of sweeps with outputs alone, whose blocks hold all columns.
+#define MLSTM_SPLIT_SWEEP(NAME, T, SWEEP) MLSTM_SWEEP(NAME##_64x512, T, 8, 2, SWEEP)
 
 }  // namespace mlstm

@@ -71,20 +71,23 @@ constexpr int kPackedDecay = kPackedVectors + 5 * 64;  // where g is
 constexpr int kPackedFloats = kPackedDecay + 4;
 constexpr double kNear = -256.0;
 
-// Their backward's, also one piece per chunk and head, in floats: what the sweeps copy (a, w s inv and
-// w delta, in the order of columns, and g), then what makes the scores (row + log2(s inv); col in the
-// order of columns; the sign of delta / rho, 0 where delta is; inv). Beyond the chunk's end all are 0
-// but col, which is kNever.
-constexpr int kSourceAt = 0;             // byte offsets from here
-constexpr int kWsiAt = 256;
-constexpr int kWDeltaAt = 512;
-constexpr int kSweepDecayAt = 768;
-constexpr int kSweepFloats = 3 * 64 + 4;
-constexpr int kScoreRowAt = kSweepFloats * 4;
-constexpr int kScoreColAt = kScoreRowAt + 256;
-constexpr int kSignAt = kScoreColAt + 256;
-constexpr int kInvAt = kSignAt + 256;    // to here
-constexpr int kBackwardFloats = kSweepFloats + 4 * 64;
+// Their backward's, also one piece per chunk and head, in floats, of which each sweep copies a part:
+// inv; the sign of delta / rho (0 where delta is 0); row + log2(s inv); col, in the order of columns; a
+// and w s inv, in the order of columns; g and, as an integer, the length of a chunk that the next
+// sequence's tokens follow, else 64; col; row + log2(s inv), in the order of columns; w delta, in the
+// order of columns. Beyond the chunk's end all are 0 but col and row, which are kNever. Byte offsets:
+constexpr int kInvAt = 0;
+constexpr int kSignAt = 256;
+constexpr int kQueryRowAt = 512;
+constexpr int kKeyColumnAt = 768;
+constexpr int kSourceAt = 1024;
+constexpr int kWsiAt = 1280;
+constexpr int kSweepDecayAt = 1536;
+constexpr int kSweepLengthAt = 1540;
+constexpr int kKeyRowAt = 1552;
+constexpr int kQueryColumnAt = 1808;
+constexpr int kWDeltaAt = 2064;
+constexpr int kBackwardFloats = (kWDeltaAt + 256) / 4;
 
 // Chunks of the Hopper backward between two of its boundaries, counted from a sequence's start;
 // boundary 0 is before the first chunk, the last after the last one.
@@ -195,7 +198,8 @@ struct Args {
   float* segment_n;      // n
   float* segment_g;      // product of g
   // Hopper backward only; the segments' states are two then, C's and dC's, plain [DHQK][DHHV].
-  void* scores;       // [2: dv's, dq's and dk's][chunk_index][64 queries][64 keys] of the data's type
+  void* scores;       // G as [chunk_index][64 queries][64 keys] of the data's type
+  float* rho;         // [chunk_index][rho_parts][64]: parts of dh.h
   void* boundary_c;   // [boundary_slot][NH] of C as bf16, padded and in the order of registers
   float* boundary_n;  // [boundary_slot][NH] of n, padded
   float* boundary_e;  // [boundary_slot][NH][boundary_parts]: parts of <dC, C> + <dn, n>
@@ -203,10 +207,10 @@ struct Args {
   int32_t segments;      // at least 1
   int32_t segment_grid;  // segments in the grid: all, or all but the last
   int32_t boundary_parts;
-  int32_t unused;
+  int32_t rho_parts;
 };
 
-static_assert(sizeof(Args) == 1200, "src/cuda/params.rs has the same size");
+static_assert(sizeof(Args) == 1208, "src/cuda/params.rs has the same size");
 
 // How a kernel wants to be launched, next to it in its module, where the host reads it: rows and
 // columns of a block's tile, threads, bytes of dynamic shared memory.

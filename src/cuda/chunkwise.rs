@@ -147,7 +147,7 @@ fn common(
         segments: params::size("segments", plan.segments)?,
         segment_grid: params::size("segments", plan.segments)?,
         boundary_parts: 0,
-        unused: 0,
+        rho_parts: 0,
     })
 }
 

@@ -2,7 +2,7 @@
 
 use super::chunkwise::{self, Run};
 use super::driver;
-use super::layout::{SCORE_BYTES, ceil_div, padded, qk_tiles};
+use super::layout::{ceil_div, padded, qk_tiles};
 use super::params::{self, Args, BackwardArgs, CopyArgs, Tensor, TensorMap};
 use crate::dispatch::{self, Plan};
 use crate::error::Result;
@@ -26,7 +26,7 @@ impl Sweep {
     }
 
     /// Blocks for one state.
-    const fn blocks(&self) -> i64 {
+    pub(super) const fn blocks(&self) -> i64 {
         ceil_div(self.rows, self.block)
     }
 
@@ -82,37 +82,25 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
     args.e_tiles = 1;
     args.qk_tiles = params::size("dhqk", qk_tiles(p))?;
     args.boundary_parts = params::size("dhqk", 4 * sweep.units())?;
+    args.rho_parts = params::size("dhhv", sweep_dv.blocks())?;
 
     let device = driver::device(p.device_index)?;
     let (args, copies) = with_float_states(call, args);
     let run = Run { device, stream, problem: p, args };
     let chunks = args.num_chunks * p.nh;
-    let [qk_scores, hv_scores] = [0, 1].map(|part| {
-        let bytes = chunks as usize * SCORE_BYTES;
-        let mut view = t.q;
-        view.data = args.buffers.scores.wrapping_add(part * bytes);
-        view.shape = [1, 1, chunks * 64, 64];
-        view.stride = [chunks * 64 * 64, chunks * 64 * 64, 64, 1];
-        view
-    });
-    let (qk_map, hv_map) = (driver::tensor_map(&qk_scores, 1)?, driver::tensor_map(&hv_scores, 1)?);
-    let one = |view: &View| driver::tensor_map(view, 1);
-    let score_maps = [
-        one(&t.q)?,
-        one(&t.k)?,
-        one(&t.v)?,
-        one(&t.dh)?,
-        // Not read where it is absent.
-        one(t.h.as_ref().unwrap_or(&t.dh))?,
-        qk_map,
-        hv_map,
-    ];
-    let dv = Tiles { queries: &t.k, keys: &t.q, values: &t.dh, own: &t.v, out: &t.dv };
+    let mut scores = t.q;
+    scores.data = args.buffers.scores;
+    scores.shape = [1, 1, chunks * 64, 64];
+    scores.stride = [chunks * 64 * 64, chunks * 64 * 64, 64, 1];
+    let scores = driver::tensor_map(&scores, 1)?;
+    // h is not read where it is absent.
+    let h = t.h.as_ref().unwrap_or(&t.dh);
+    let dv = Tiles { queries: &t.k, keys: &t.q, values: &t.dh, own: h, out: &t.dv };
     let dq = Tiles { queries: &t.dh, keys: &t.v, values: &t.k, own: &t.q, out: &t.dq };
     let dk = Tiles { queries: &t.v, keys: &t.dh, values: &t.q, own: &t.k, out: &t.dk };
-    let dv_maps = dv.maps(&sweep_dv, qk_map)?;
-    let dq_maps = dq.maps(&sweep, hv_map)?;
-    let dk_maps = dk.maps(&sweep, hv_map)?;
+    let dv_maps = dv.maps(&sweep_dv, scores)?;
+    let dq_maps = dq.maps(&sweep, scores)?;
+    let dk_maps = dk.maps(&sweep, scores)?;
 
     let data = run.data();
     let heads = run.heads();
@@ -124,15 +112,21 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
             device.launch(stream, "copy_states", heads * p.dhqk, false, copy)?;
         }
         run.gates_by("gates_reduce_fast", "gates_pack_backward")?;
-        launch(&format!("backward_scores_{data}"), chunks, score_maps)?;
         if plan.segments > 1 {
-            let blocks = heads * sweep.blocks() * (plan.segments - 1);
-            launch(&sweep.kernel("c", data), blocks, dq_maps)?;
-            launch(&sweep.kernel("dc", data), blocks, dk_maps)?;
+            // Blocks without outputs need not hold all columns.
+            let part = Sweep::of(p.dhqk, p.dhhv.min(256));
+            let parts = part.blocks() * ceil_div(p.dhhv, part.columns);
+            let blocks = heads * parts * (plan.segments - 1);
+            launch(&part.kernel("c", data), blocks, dq.maps(&part, scores)?)?;
+            launch(&part.kernel("dc", data), blocks, dk.maps(&part, scores)?)?;
         }
         let blocks = heads * plan.segments;
         launch(&sweep_dv.kernel("dv", data), blocks * sweep_dv.blocks(), dv_maps)?;
         launch(&sweep.kernel("dq", data), blocks * sweep.blocks(), dq_maps)?;
+        if plan.segments > 1 {
+            let blocks = heads * ceil_div(p.dhqk, 64) * (plan.segments - 1);
+            launch(&format!("backward_dn_{data}"), blocks, dq_maps)?;
+        }
         launch(&sweep.kernel("dk", data), blocks * sweep.blocks(), dk_maps)?;
         device.launch(stream, "gategrad_boundaries", chunks + heads, false, &run.args)?;
         run.gate_gradients()?;

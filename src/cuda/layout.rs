@@ -13,11 +13,11 @@ use crate::workspace::{Carver, Workspace};
 /// A chunk's vectors for the Hopper kernels: `kPackedFloats`.
 const PACKED_BYTES: usize = (6 * 64 + 4) * 4;
 
-/// The same for their backward: `kBackwardFloats`, of which the sweeps copy the first.
-const BACKWARD_BYTES: usize = (7 * 64 + 4) * 4;
+/// The same for their backward: `kBackwardFloats`.
+const BACKWARD_BYTES: usize = (9 * 64 + 4) * 4;
 
 /// The scores of one chunk and head: 64 queries by 64 keys of 16 bits.
-pub(super) const SCORE_BYTES: usize = 64 * 64 * 2;
+const SCORE_BYTES: usize = 64 * 64 * 2;
 
 /// `kGroupChunks`.
 const GROUP_CHUNKS: i64 = 16;
@@ -132,6 +132,7 @@ fn carve(
     };
     let hopper_backward = hopper && backward;
     let sweep = Sweep::of(p.dhqk, p.dhhv);
+    let rho_parts = product(&[Sweep::of(p.dhhv, p.dhqk).blocks()]);
     let boundaries = product(&[chunks / GROUP_CHUNKS + 2 * rows + 1, p.nh]);
     let units = product(&[sweep.units()]);
     let copies = if p.state_dtype == DType::F32 { 0 } else { 3 };
@@ -163,7 +164,8 @@ fn carve(
         segment_c: take(parts.saturating_mul(part_c), 4, hopper),
         segment_n: take(parts.saturating_mul(part_n), 4, hopper),
         segment_g: take(parts, 4, hopper),
-        scores: take(scalars.saturating_mul(2), SCORE_BYTES, hopper_backward),
+        scores: take(scalars, SCORE_BYTES, hopper_backward),
+        rho: take(scalars.saturating_mul(rho_parts), 64 * 4, hopper_backward),
         boundary_c: take(boundaries.saturating_mul(units), sweep.unit_bytes(), hopper_backward),
         boundary_n: take(boundaries.saturating_mul(units), 64 * 4, hopper_backward),
         boundary_e: take(boundaries.saturating_mul(units), 4 * 4, hopper_backward),

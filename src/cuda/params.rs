@@ -99,7 +99,7 @@ pub(super) struct Args {
     pub(super) segments: i32,
     pub(super) segment_grid: i32,
     pub(super) boundary_parts: i32,
-    pub(super) unused: i32,
+    pub(super) rho_parts: i32,
 }
 
 /// The workspace's part of `mlstm::Args`.
@@ -132,13 +132,14 @@ pub(super) struct Buffers {
     pub(super) segment_n: Pointer,
     pub(super) segment_g: Pointer,
     pub(super) scores: Pointer,
+    pub(super) rho: Pointer,
     pub(super) boundary_c: Pointer,
     pub(super) boundary_n: Pointer,
     pub(super) boundary_e: Pointer,
     pub(super) state_copies: Pointer,
 }
 
-const _: () = assert!(size_of::<Args>() == 1200, "kernels/params.cuh has the same size");
+const _: () = assert!(size_of::<Args>() == 1208, "kernels/params.cuh has the same size");
 
 /// `mlstm::TensorMap`: a tensor as the copy engine sees it.
 pub(super) type TensorMap = cudarc::driver::sys::CUtensorMap;
@@ -154,7 +155,7 @@ pub(super) struct HopperArgs {
     pub(super) args: Args,
 }
 
-/// `mlstm::BackwardArgs` and `mlstm::ScoreArgs`.
+/// `mlstm::BackwardArgs`.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub(super) struct BackwardArgs {
