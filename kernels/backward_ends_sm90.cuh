@@ -173,7 +173,18 @@ struct Ends {
            (opaque(static_cast<int>(threadIdx.x % 128)) >> 5) * 16 + (threadIdx.x >> 2 & 7);
   }
 
+  // Whether <dC, C> can be other than zero there: not where either state is.
+  __device__ __forceinline__ bool counts(int boundary) const {
+    const Args& args = block.args;
+    if (boundary == 0 && args.c_initial.data == nullptr && args.n_initial.data == nullptr) {
+      return false;
+    }
+    return boundary < div_up(block.total, kGroupChunks) || args.dc_last.data != nullptr ||
+           args.dn_last.data != nullptr;
+  }
+
   __device__ __forceinline__ void keep_boundary(const State& c, int boundary) const {
+    if (!counts(boundary)) return;
     uint4* to = boundary_state(boundary);
 #pragma unroll
     for (int x = 0; x < 2 * kParts; ++x) {
@@ -189,6 +200,15 @@ struct Ends {
 
   // This warp's part of <dC, C> + <dn, n>.
   __device__ __forceinline__ void meet_boundary(const State& c, int boundary) const {
+    float sum = 0.0f;
+    if (counts(boundary)) sum = warp_sum(product(c, boundary));
+    if ((threadIdx.x & 31) == 0) {
+      block.args.boundary_e[boundary_index(boundary) * (units() * 4) + unit() * 4 +
+                            (threadIdx.x >> 5 & 3)] = sum;
+    }
+  }
+  // This thread's part of it.
+  __device__ __forceinline__ float product(const State& c, int boundary) const {
     const uint4* from = boundary_state(boundary);
     float sum = 0.0f;
     constexpr int kLoads = kParts < 4 ? 2 * kParts : 8;  // in flight
@@ -212,11 +232,7 @@ struct Ends {
     if ((threadIdx.x & 3) == 0 && (!Shape::kSplit || group == 0)) {
       sum += boundary_vector(boundary)[0] * entry(0) + boundary_vector(boundary)[8] * entry(1);
     }
-    sum = warp_sum(sum);
-    if ((threadIdx.x & 31) == 0) {
-      block.args.boundary_e[boundary_index(boundary) * (units() * 4) + unit() * 4 +
-                            (threadIdx.x >> 5 & 3)] = sum;
-    }
+    return sum;
   }
 };
 

@@ -60,7 +60,7 @@ struct BackwardShape {
   static constexpr int kStateSlabs = kSplit ? kSlabs / 2 : kSlabs;
   static constexpr int kFirstState = kScored ? 2 : 1;  // warpgroups before those with the state
   static constexpr int kThreads = 128 * (kWgs + kFirstState);
-  // Two states need more registers than an even share of 128 or 168 for each warpgroup.
+  // Two states need more registers than an even share.
   static constexpr bool kUneven = kWgs == 2;
   static constexpr bool kLarge = kStateSlabs == 4;
   static constexpr int kStateRegisters = kScored ? (kLarge ? 208 : 184) : 232;
@@ -180,7 +180,8 @@ struct BackwardBlock {
   // ---- chunks, in the order of the sweep
 
   __device__ __forceinline__ int chunk(int i) const {
-    return Shape::kReverse ? count - 1 - i : i;
+    // What segments add is summed from its end on.
+    return Shape::kReverse == Shape::kOutputs ? count - 1 - i : i;
   }
   __device__ __forceinline__ int start(int chunk) const {
     return args.chunks != nullptr ? static_cast<int>(args.chunks[first + chunk].start)

@@ -28,11 +28,15 @@ struct Sweeper {
 
   // A (64 columns of v' as rows x 16 tokens) of c v'; its row sums with b in place of c go to `sum`.
   static __device__ __forceinline__ void weigh(uint32_t (&a)[4], float (&sum)[2], int j,
-                                               uint32_t tile, uint32_t vectors, int lane, int warp) {
+                                               uint32_t tile, uint32_t vectors, int lane, int warp,
+                                               float factor) {
     load_matrices_transposed(
         swizzled(tile, j * 16 + (lane & 7) + (lane >> 4) * 8, warp * 2 + (lane >> 3 & 1)), a);
     const uint32_t own = vectors + (lane & 3) * 64 + j * 16;
-    const float4 c = load_shared_4(own + kTakeAt);
+    float4 c = load_shared_4(own + kTakeAt);
+    if constexpr (!Shape::kOutputs) {
+      c = make_float4(c.x * factor, c.y * factor, c.z * factor, c.w * factor);
+    }
     float4 b = c;
     if (Shape::kSweep == Sweep::kDk) b = load_shared_4(own + kTakeVectorAt);
 #pragma unroll
@@ -115,7 +119,7 @@ struct Sweeper {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (j >= 2) wgmma_wait<1>();
-      weigh(a[j & 1], sum, j, value, vectors, lane, warp);
+      weigh(a[j & 1], sum, j, value, vectors, lane, warp, 1.0f);
       if (j == 0) barrier_wait(block.bar(kKeysFull, Units::slot(unit)), Units::phase(unit));
       update(c, a[j & 1], keys + j * 2048);
     }
@@ -294,6 +298,62 @@ struct Sweeper {
     wgmma_commit();
   }
 
+  // What a segment adds to the state from zero, from its end on: each chunk counts by what is left of it
+  // there, so that the state itself does not decay and products follow each other.
+  __device__ __forceinline__ void sum_segment() const {
+    const Ends<T, Shape> ends{block, group};
+    State c;
+    ends.start(c);
+    const bool leader = threadIdx.x % 128 == 0;
+    const int lane = threadIdx.x & 31;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
+    float factor = 1.0f, sum[2] = {0.0f, 0.0f};
+    uint32_t a[2][4];
+    // While the last tokens of a chunk are added, the first of the next are weighted.
+    const auto weigh_part = [&](int i, int j) {
+      weigh(a[j & 1], sum, j, block.value(Stages::slot(i), group), block.vectors(Stages::slot(i)),
+            lane, warp, factor);
+    };
+    const auto begin = [&](int i) {
+      const int stage = Stages::slot(i);
+      barrier_wait(block.bar(kValuesFull, stage), Stages::phase(i));
+      const int length = __float_as_int(load_shared(block.vectors(stage) + kSweepLengthAt));
+      if (length < 64) clean(i, length);
+      // What is forgotten does not count, not even as 0 times NaN.
+      if (factor != 0.0f) weigh_part(i, 0);
+    };
+    begin(0);
+    for (int i = 0; i < block.count; ++i) {
+      const int stage = Stages::slot(i);
+      const uint32_t keys = block.key(Units::slot(i));
+      const float g = load_shared(block.vectors(stage) + kSweepDecayAt);
+      barrier_wait(block.bar(kKeysFull, Units::slot(i)), Units::phase(i));
+      if (factor != 0.0f) {
+        pin<32 * Shape::kStateSlabs>(c);
+        update(c, a[0], keys);
+#pragma unroll
+        for (int j = 1; j < 4; ++j) {
+          if (j >= 2) wgmma_wait<1>();
+          weigh_part(i, j);
+          update(c, a[j & 1], keys + j * 2048);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(block.bar(kValuesEmpty, stage));
+      factor *= g;
+      wgmma_wait<1>();
+      if (i + 1 < block.count) begin(i + 1);
+      wgmma_wait<0>();
+      pin<32 * Shape::kStateSlabs>(c);
+      if (leader) barrier_arrive(block.bar(kKeysEmpty, Units::slot(i)));
+    }
+    if constexpr (kHasVector) {
+      const float e[2] = {quad_sum(sum[0]), quad_sum(sum[1])};
+      ends.put_entries(e);
+    }
+    ends.keep_segment(c, factor);
+  }
+
   __device__ __forceinline__ void run() const {
     const Ends<T, Shape> ends{block, group};
     State c;
@@ -305,7 +365,6 @@ struct Sweeper {
     const int lane = threadIdx.x & 31;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
     const int count = block.count;
-    float decay = 1.0f;
     for (int i = 0; i < count; ++i) {
       // A segment starts with a group of chunks.
       const int chunk = block.chunk(i);
@@ -321,28 +380,22 @@ struct Sweeper {
       const int length = __float_as_int(load_shared(vectors + kSweepLengthAt));
       if (length < 64) clean(i, length);
       float o[32];
-      if constexpr (Shape::kOutputs) {
-        multiply(o, c, i, g);
-        if (Shape::kSweep == Sweep::kDq) {
-          barrier_wait(block.bar(kDeltasFull, stage), Stages::phase(i));
-        }
-        if (g == 0.0f) {
-          scale<true>(o, stage, lane);
-        } else {
-          scale<false>(o, stage, lane);
-        }
+      multiply(o, c, i, g);
+      if (Shape::kSweep == Sweep::kDq) {
+        barrier_wait(block.bar(kDeltasFull, stage), Stages::phase(i));
+      }
+      if (g == 0.0f) {
+        scale<true>(o, stage, lane);
       } else {
-#pragma unroll
-        for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] *= g;
-        decay *= g;
+        scale<false>(o, stage, lane);
       }
       if (g == 0.0f) {
 #pragma unroll
         for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] = 0.0f;
       }
 
-      const bool finishes = Shape::kOutputs && (!Shape::kSplit || group == 0);
-      if (Shape::kOutputs && Shape::kSplit && group == 1) give(o, i);
+      const bool finishes = !Shape::kSplit || group == 0;
+      if (Shape::kSplit && group == 1) give(o, i);
       if (Shape::kSplit && finishes) take(o, i + 1 < count);
       if (finishes) add_scores(o, i);
       pin<32 * Shape::kStateSlabs>(c);
@@ -376,7 +429,6 @@ struct Sweeper {
         ends.keep_vector(at<float>(args.dn_initial, block.row, block.head, 0));
       }
     }
-    if constexpr (!Shape::kOutputs) ends.keep_segment(c, decay);
   }
 };
 
@@ -397,7 +449,12 @@ __device__ __forceinline__ void backward_sweep(const BackwardArgs& maps, unsigne
     if constexpr (Shape::kScored) Scorer<T, Shape>{block}.run();
   } else {
     if constexpr (Shape::kUneven) take_registers<Shape::kStateRegisters>();
-    Sweeper<T, Shape>{block, group - Shape::kFirstState}.run();
+    const Sweeper<T, Shape> sweeper{block, group - Shape::kFirstState};
+    if constexpr (Shape::kOutputs) {
+      sweeper.run();
+    } else {
+      sweeper.sum_segment();
+    }
   }
 }
 
