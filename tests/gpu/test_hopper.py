@@ -58,6 +58,10 @@ def test_lengths(s, dims):
         {"state_dtype": BF16},
         {"state_dtype": F16},
         {"form": "parallel"},
+        {"detach": True},
+        {"dm_last": True},
+        {"qk_scale": 0.3},
+        {"dm_last": True, "i_bias": 3.0, "eps": 0.3},
     ],
     ids=str,
 )
@@ -71,6 +75,22 @@ def test_options(dtype, options):
 def test_segments(s, dims, initial):
     """Few heads and long sequences: parts of a sequence run side by side."""
     check(Case(dtype=BF16, b=1, nh=2, s=s, dhqk=dims[0], dhhv=dims[1], initial=initial, f_bias=4.0))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"last": False}, {"dm_last": True}, {"sigmoid": True}], ids=str
+)
+@pytest.mark.parametrize("dims", [(128, 512), (512, 320)])
+def test_segments_of_large_states(dims, options):
+    check(Case(dtype=BF16, b=1, nh=1, s=4500, dhqk=dims[0], dhhv=dims[1], f_bias=5.0, **options))
+
+
+def test_segments_that_reset():
+    """Segments that keep nothing of the ones before, or nothing at all."""
+    case = Case(dtype=BF16, b=1, nh=1, s=4500, dhqk=64, dhhv=64, f_bias=4.0)
+    inputs = case.inputs()
+    inputs["f"][:, :, [1500, 2100, 4200]] = float("-inf")
+    check(case, inputs)
 
 
 VARLEN = [
@@ -101,6 +121,22 @@ def test_packed_sequences_do_not_touch_each_other():
         assert torch.equal(got["h"][:, :, part], clean["h"][:, :, part])
 
 
+@pytest.mark.parametrize("dims", [(64, 128), (128, 512)])
+def test_gradients_of_packed_sequences_do_not_touch_each_other(dims):
+    case = Case(dtype=BF16, b=1, s=300, cu_seqlens=[0, 70, 170, 300], dhqk=dims[0], dhhv=dims[1])
+    inputs = case.inputs()
+    clean = case.run("cuda", inputs)
+    dirty = {name: t.clone() for name, t in inputs.items()}
+    for name in ("q", "k", "v", "dh"):
+        dirty[name][:, :, 70:170] = float("nan")
+    got = case.run("cuda", dirty)
+    for part in (slice(0, 70), slice(170, 300)):
+        for name in ("dq", "dk", "dv", "di", "df"):
+            assert torch.equal(got[name][:, :, part], clean[name][:, :, part]), name
+    for name in ("dc_initial", "dn_initial", "dm_initial"):
+        assert torch.equal(got[name][[0, 2]], clean[name][[0, 2]]), name
+
+
 def test_strides():
     check(Case(dtype=BF16, s=193, dhqk=128, dhhv=256), prepare=swapped)
 
@@ -128,19 +164,23 @@ def test_agrees_with_the_generic_engine():
     case = Case(dtype=BF16, s=1000, dhqk=256, dhhv=256)
     other = Case(dtype=BF16, s=1000, dhqk=256, dhhv=256, flags=mlstm_c.GENERIC_ENGINE)
     inputs = case.inputs()
-    got, wanted = (x.run("cuda", inputs, backward=False) for x in (case, other))
+    got, wanted = (x.run("cuda", inputs) for x in (case, other))
     for name, reference in wanted.items():
         error = (got[name].double() - reference.double()).norm() / reference.double().norm()
-        assert error < 6e-3, name
-        assert not (name == "h" and error == 0), "both ran on the same engine"
+        # Of the forget gates' gradients both have their own rounding, of sums that nearly cancel.
+        assert error < (2.5e-2 if name in ("df", "dm_initial") else 1e-2), name
+        both = "both ran on the same engine"
+        assert not (name in ("h", "dq", "dk", "dv") and error == 0), both
 
 
-def test_repeats_bit_for_bit():
-    case = Case(dtype=BF16, b=1, nh=4, s=4096, dhqk=256, dhhv=256)
+@pytest.mark.parametrize("dims", [(256, 256), (128, 512), (64, 64)])
+@pytest.mark.parametrize("s", [500, 4096])
+def test_repeats_bit_for_bit(s, dims):
+    case = Case(dtype=BF16, b=1, nh=4, s=s, dhqk=dims[0], dhhv=dims[1])
     inputs = case.inputs()
-    first = case.run("cuda", inputs, backward=False)
+    first = case.run("cuda", inputs)
     for _ in range(5):
-        again = case.run("cuda", inputs, backward=False)
+        again = case.run("cuda", inputs)
         for name, wanted in first.items():
             assert torch.equal(again[name], wanted), name
 
