@@ -50,7 +50,7 @@ __device__ __forceinline__ void pack_backward(const Args& args) {
     packed[kWsiAt / 4 + column] = inside ? exp2f(x.phi[j]) * scale * inv : 0.0f;
     packed[kKeyRowAt / 4 + t] = col;
     packed[kQueryColumnAt / 4 + column] = row;
-    packed[kWDeltaAt / 4 + column] = 0.0f;
+    packed[kWDeltaAt / 4 + column] = packed[kColumnDeltaAt / 4 + column] = 0.0f;
     packed[kInvAt / 4 + t] = inside ? inv : 0.0f;
     if ((args.flags & kExponential) != 0 && inside) {
       // Unless there is more to it: the sweep for dq.

@@ -1,7 +1,8 @@
-// The warpgroup that makes the scores P of the backward's sweeps for dv and dq, with rows x and
+// The warpgroup that makes the scores P of the backward's sweeps, with rows x and
 // columns y of their table (backward_sm90.cuh):
 //   dv    rows are keys, which see the queries from their own on; and rho = dh.h
 //   dq    rows are queries; and delta of rho, in time for the state warpgroups
+//   dk    rows are keys again
 #pragma once
 
 #include "backward_sm90.cuh"
@@ -17,6 +18,7 @@ struct Scorer {
   using Slots = Ring<Shape::kQuerySlots>;
   using ScoreStages = Ring<Shape::kScoreStages>;
   static constexpr bool kForDq = Shape::kSweep == Sweep::kDq;
+  static constexpr bool kForDk = Shape::kSweep == Sweep::kDk;
 
   // q' k'^T; tiles are released on the way.
   __device__ __forceinline__ void multiply(float (&x)[32], int i) const {
@@ -83,6 +85,8 @@ struct Scorer {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       const float4 col = load_shared_4(columns + j * 8);
+      float4 shift = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (kForDk) shift = load_shared_4(vectors + kColumnDeltaAt + (lane & 3) * 64 + j * 8);
       uint32_t packed[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -91,9 +95,11 @@ struct Scorer {
 #pragma unroll
         for (int z = 0; z < 2; ++z) {
           const float* product = x + 4 * (j + half) + 2 * z;
-          const float add = kForDq ? delta[z] : 0.0f;
-          const float first = (product[0] + add) * exp2_approx(row[z] + u0);
-          const float second = (product[1] + add) * exp2_approx(row[z] + u1);
+          const float add0 = kForDq ? delta[z] : half == 0 ? shift.x : shift.z;
+          const float add1 = kForDq ? delta[z] : half == 0 ? shift.y : shift.w;
+          constexpr bool kShifts = kForDq || kForDk;
+          const float first = (kShifts ? product[0] + add0 : product[0]) * exp2_approx(row[z] + u0);
+          const float second = (kShifts ? product[1] + add1 : product[1]) * exp2_approx(row[z] + u1);
           const bool sees_first = kForDq ? y <= end[z] : y >= end[z];
           const bool sees_second = kForDq ? y + 1 <= end[z] : y + 1 >= end[z];
           packed[2 * half + z] =
@@ -144,7 +150,7 @@ struct Scorer {
   // ---- dq: delta
 
   struct Delta {
-    float w_delta, dm;
+    float delta, w_delta, dm;
   };
 
   // delta of each token for this warpgroup and, times w, for the others; by two threads.
@@ -172,7 +178,7 @@ struct Scorer {
     named_sync<kScoreBarrier, 128>();
     if (threadIdx.x % 128 == 0) barrier_arrive(block.bar(kDeltasFull, stage));
     const float inv = load_shared(vectors + kInvAt + t * 4);
-    return {w_delta, -rho * static_cast<float>(block.args.eps) * inv};
+    return {delta, w_delta, -rho * static_cast<float>(block.args.eps) * inv};
   }
   // w delta for dk, and the gradient of m; in one of the head's blocks.
   __device__ __forceinline__ void leave_delta(const Delta& delta, int chunk) const {
@@ -180,8 +186,10 @@ struct Scorer {
     const int t = threadIdx.x % 128 >> 1;
     if (!block.is_first_slice() || !block.needs_rho() || t >= block.length(chunk)) return;
     if ((threadIdx.x & 1) == 0) {
-      args.packed[chunk_index(args, block.first + chunk, block.head) * kBackwardFloats +
-                  kWDeltaAt / 4 + column_order(t)] = delta.w_delta;
+      float* record =
+          args.packed + chunk_index(args, block.first + chunk, block.head) * kBackwardFloats;
+      record[kWDeltaAt / 4 + column_order(t)] = delta.w_delta;
+      record[kColumnDeltaAt / 4 + column_order(t)] = delta.delta;
     } else if ((args.flags & kExponential) != 0) {
       static_cast<float*>(args.dm)[token_index(args, block.batch, block.head,
                                                block.start(chunk) + t)] =
@@ -190,7 +198,7 @@ struct Scorer {
   }
 
   __device__ __forceinline__ void run() const {
-    const bool rho = !kForDq && block.needs_rho();
+    const bool rho = Shape::kSweep == Sweep::kDv && block.needs_rho();
     const int count = block.count;
     for (int i = 0; i < count; ++i) {
       const int chunk = block.chunk(i), stage = Stages::slot(i), to = ScoreStages::slot(i);
@@ -211,7 +219,9 @@ struct Scorer {
       put(x, delta, block.score(to), vectors, block.length(chunk));
       async_proxy_fence();
       barrier_arrive(block.bar(kScoresFull, to));
-      if (rho) put_rho(i, chunk);
+      if constexpr (Shape::kSweep == Sweep::kDv) {
+        if (rho) put_rho(i, chunk);
+      }
       // Not before the fence, which would wait for it.
       if constexpr (kForDq) leave_delta(left, chunk);
       __syncwarp();

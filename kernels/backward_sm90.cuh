@@ -12,15 +12,15 @@
 // where e is n or dn; c and dc leave the states that segments of long sequences add from zero.
 // What each leaves for the next:
 //   dv    rho = dh.h of each token, in parts
-//   dq    G and w delta, for dk; C and n at boundaries, every kGroupChunks chunks, for dk to make
-//         <dC, C> + <dn, n> of; dn's parts of segments; dm
+//   dq    for dk, delta, also times w, and where the state is split G; and C and n at boundaries, every
+//         kGroupChunks chunks, to make <dC, C> + <dn, n> of; dm
 //   both dq and dk the sums q.dq and k.dk of each token, for the gates' gradients
 //
 // A block owns some columns of v' of one sequence and head, over one segment of its chunks. Each of
 // its state warpgroups (backward_sweep_sm90.cuh) holds S for 64 of them, as rows, and O alike, so that
 // S and c v' are A operands in registers. A warpgroup of its own makes P from the tiles of q' and k'
-// (backward_scores_sm90.cuh; dk gets it from memory), and the warps of another one bring one kind of
-// tiles each.
+// (backward_scores_sm90.cuh; dk's split state gets it from memory), and the warps of another one bring
+// one kind of tiles each.
 #pragma once
 
 #include "overlap.cuh"
@@ -30,8 +30,8 @@ namespace mlstm {
 
 enum class Sweep { kDv, kDq, kDk, kC, kDc };
 
-// Passed by value to the sweeps: copy descriptors as in HopperArgs, of both score tensors as
-// (64, 64 tokens of each chunk and head).
+// Passed by value to the sweeps: copy descriptors as in HopperArgs, of G as (64, 64 tokens of each chunk
+// and head).
 struct BackwardArgs {
   TensorMap queries, keys, values, own, out, scores, vectors;
   Args args;
@@ -46,8 +46,6 @@ struct BackwardShape {
       kSweep == Sweep::kDv || kSweep == Sweep::kDk || kSweep == Sweep::kDc;
   // Rows of S are columns of DHQK, and n is beside it.
   static constexpr bool kAlongQk = kSweep != Sweep::kDv;
-  // Makes P itself.
-  static constexpr bool kScored = kSweep == Sweep::kDv || kSweep == Sweep::kDq;
   // Reads one more tensor: for dq and dk what its outputs are the gradients of, for dv h.
   static constexpr bool kOwn = kOutputs;
 
@@ -58,6 +56,10 @@ struct BackwardShape {
   static constexpr bool kSplit = kSlabs > 4;
   static constexpr int kColumns = 64 * (kSplit ? 1 : kWgs);
   static constexpr int kStateSlabs = kSplit ? kSlabs / 2 : kSlabs;
+  // Makes P itself. For dk's split state, which has enough to do, dq leaves it.
+  static constexpr bool kScored =
+      kSweep == Sweep::kDv || kSweep == Sweep::kDq || (kSweep == Sweep::kDk && !kSplit);
+  static constexpr bool kLeavesScores = kSweep == Sweep::kDq && kSplit;
   static constexpr int kFirstState = kScored ? 2 : 1;  // warpgroups before those with the state
   static constexpr int kThreads = 128 * (kWgs + kFirstState);
   // Two states need more registers than an even share.
@@ -79,13 +81,13 @@ struct BackwardShape {
   // The part of a chunk's vectors that the sweep needs.
   static constexpr int kVectorFrom = kSweep == Sweep::kDq ? kInvAt : kSourceAt;
   static constexpr int kVectorTo = kSweep == Sweep::kDv   ? kWDeltaAt
-                                   : kSweep == Sweep::kDk ? kWDeltaAt + 256
+                                   : kSweep == Sweep::kDk ? kColumnDeltaAt + 256
                                                           : kKeyRowAt;
   static constexpr int kVectorBytes = kVectorTo - kVectorFrom;
   // In a stage after them, for dq, up to kMaxRho parts of rho for each token.
   static constexpr int kRhoAt = 1664;
   static constexpr int kMaxRho = 8;
-  static constexpr int kVectorStage = kSweep == Sweep::kDq ? kRhoAt + kMaxRho * 256 : 1408;
+  static constexpr int kVectorStage = kSweep == Sweep::kDq ? kRhoAt + kMaxRho * 256 : 1664;
 
   static constexpr int kQueryAt = 0;
   static constexpr int kKeyAt = kQueryAt + kQuerySlots * kTileBytes;
@@ -261,7 +263,7 @@ struct BackwardBlock {
       }
       for (int i = 0; i < 2; ++i) {
         barrier_init(bar(kScoresFull, i), Shape::kScored ? 128 : 1);
-        const bool leaves = Shape::kSweep == Sweep::kDq && is_first_slice();
+        const bool leaves = Shape::kLeavesScores && is_first_slice();
         barrier_init(bar(kScoresEmpty, i), kFinal + (leaves ? 1 : 0));
         barrier_init(bar(kOutputsFull, i), 4);
         barrier_init(bar(kOutputsEmpty, i), 1);
@@ -333,7 +335,7 @@ struct BackwardBlock {
   // And scores, to or from memory.
   __device__ __forceinline__ void load_values() const {
     using Stages = Ring<Shape::kStages>;
-    const bool leaves = Shape::kSweep == Sweep::kDq && is_first_slice();
+    const bool leaves = Shape::kLeavesScores && is_first_slice();
     for (int i = 0; i < count; ++i) {
       const int stage = Stages::slot(i);
       const uint32_t full = bar(kValuesFull, stage);
@@ -349,7 +351,7 @@ struct BackwardBlock {
                  args.packed + index * kBackwardFloats + Shape::kVectorFrom / 4,
                  Shape::kVectorBytes, full);
       load_box(value(stage, 0), &maps.values, full, start(chunk(i)), slab0, head, batch);
-      if constexpr (Shape::kSweep == Sweep::kDk) {
+      if constexpr (Shape::kOutputs && !Shape::kScored) {
         using Scores = Ring<Shape::kScoreStages>;
         const uint32_t scores = bar(kScoresFull, Scores::slot(i));
         barrier_wait(bar(kScoresEmpty, Scores::slot(i)), Scores::phase(i) ^ 1);

@@ -288,8 +288,8 @@ struct Sweeper {
     wgmma_fence();
     const uint64_t values = operand(block.value(Stages::slot(i), group), kTileBytes, 1024);
     const uint32_t tile = block.score(ScoreStages::slot(i));
-    // dk's comes as dq's G: its own tokens are that tile's columns.
-    constexpr bool kTurned = Shape::kSweep == Sweep::kDk;
+    // What dq has left has the tokens of dk as columns.
+    constexpr bool kTurned = !Shape::kScored;
     const uint64_t scores = operand(tile, kTurned ? kTileBytes : 16, 1024);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

@@ -30,9 +30,14 @@ impl Sweep {
         ceil_div(self.rows, self.block)
     }
 
+    /// Whether two warpgroups share the columns.
+    pub(super) const fn is_split(&self) -> bool {
+        self.columns > 256
+    }
+
     /// Columns of one state warpgroup.
     const fn unit_columns(&self) -> i64 {
-        if self.columns > 256 { self.columns / 2 } else { self.columns }
+        if self.is_split() { self.columns / 2 } else { self.columns }
     }
 
     /// State warpgroups for one state: each takes 64 rows.
@@ -88,10 +93,13 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
     let (args, copies) = with_float_states(call, args);
     let run = Run { device, stream, problem: p, args };
     let chunks = args.num_chunks * p.nh;
+    // What is left of scores; other sweeps take no notice of it.
     let mut scores = t.q;
-    scores.data = args.buffers.scores;
-    scores.shape = [1, 1, chunks * 64, 64];
-    scores.stride = [chunks * 64 * 64, chunks * 64 * 64, 64, 1];
+    if sweep.is_split() {
+        scores.data = args.buffers.scores;
+        scores.shape = [1, 1, chunks * 64, 64];
+        scores.stride = [chunks * 64 * 64, chunks * 64 * 64, 64, 1];
+    }
     let scores = driver::tensor_map(&scores, 1)?;
     // h is not read where it is absent.
     let h = t.h.as_ref().unwrap_or(&t.dh);

@@ -14,7 +14,7 @@ use crate::workspace::{Carver, Workspace};
 const PACKED_BYTES: usize = (6 * 64 + 4) * 4;
 
 /// The same for their backward: `kBackwardFloats`.
-const BACKWARD_BYTES: usize = (9 * 64 + 4) * 4;
+const BACKWARD_BYTES: usize = (10 * 64 + 4) * 4;
 
 /// The scores of one chunk and head: 64 queries by 64 keys of 16 bits.
 const SCORE_BYTES: usize = 64 * 64 * 2;
@@ -164,7 +164,7 @@ fn carve(
         segment_c: take(parts.saturating_mul(part_c), 4, hopper),
         segment_n: take(parts.saturating_mul(part_n), 4, hopper),
         segment_g: take(parts, 4, hopper),
-        scores: take(scalars, SCORE_BYTES, hopper_backward),
+        scores: take(scalars, SCORE_BYTES, hopper_backward && sweep.is_split()),
         rho: take(scalars.saturating_mul(rho_parts), 64 * 4, hopper_backward),
         boundary_c: take(boundaries.saturating_mul(units), sweep.unit_bytes(), hopper_backward),
         boundary_n: take(boundaries.saturating_mul(units), 64 * 4, hopper_backward),
