@@ -437,7 +437,6 @@ __device__ __forceinline__ void backward_sweep(const BackwardArgs& maps, unsigne
   BackwardBlock<T, Shape> block(maps, blockIdx.x, (shared_address(smem) + 1023) & ~1023u);
   block.prepare();
   wait_for_previous();
-  start_dependents();
   block.locate();
   if (block.count == 0 && (!Shape::kOutputs || !block.ends)) return;
   const int group = __shfl_sync(0xffffffffu, threadIdx.x >> 7, 0);
