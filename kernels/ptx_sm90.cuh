@@ -97,6 +97,16 @@ __device__ __forceinline__ void load_bytes(uint32_t to, const void* from, uint32
       : "memory");
 }
 
+// A row of a (columns, rows) tensor to shared memory.
+__device__ __forceinline__ void load_row(uint32_t to, const TensorMap* map, uint32_t barrier,
+                                         int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(0), "r"(row)
+      : "memory");
+}
+
 __device__ __forceinline__ void store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

@@ -9,10 +9,10 @@
 
 namespace mlstm {
 
-// Passed by value to every Hopper kernel: copy descriptors of tensors as (64, S, slabs, NH, B), and
-// what every kernel gets.
+// Passed by value to every Hopper kernel: copy descriptors of tensors as (64, S, slabs, NH, B) and of
+// Args::packed, and what every kernel gets.
 struct HopperArgs {
-  TensorMap q, k, v, h;
+  TensorMap q, k, v, h, packed;
   Args args;
 };
 
@@ -282,8 +282,8 @@ struct Block {
 #pragma unroll
         for (int j = 0; j < kHalf; ++j) load_key_slab(stage, i, j);
       } else if (warp == 1) {
-        load_bytes(vectors(stage), args.packed + chunk_index(args, first + i, head) * kPackedFloats,
-                   kPackedFloats * 4, full);
+        load_row(vectors(stage), &hopper.packed, full,
+                 static_cast<int>(chunk_index(args, first + i, head)));
 #pragma unroll
         for (int j = kHalf; j < Shape::kSlabs; ++j) load_key_slab(stage, i, j);
       } else if (warp == 2) {
@@ -469,6 +469,17 @@ struct Block {
   template <bool kIn>
   __device__ __forceinline__ void move_state(typename Shape::State& c, const Tensor& tensor,
                                              int group) const {
+    if (args.state_dtype == kF32) {
+      move_state_as<kIn, float>(c, tensor, group);
+    } else if (args.state_dtype == kBf16) {
+      move_state_as<kIn, bf16>(c, tensor, group);
+    } else {
+      move_state_as<kIn, f16>(c, tensor, group);
+    }
+  }
+  template <bool kIn, typename S>
+  __device__ __forceinline__ void move_state_as(typename Shape::State& c, const Tensor& tensor,
+                                             int group) const {
 #pragma unroll
     for (int h = 0; h < 2 * Shape::kStateSlabs; ++h) {
       // Computed anew each time: there are no registers to keep it in.
@@ -476,7 +487,6 @@ struct Block {
       const int tid = opaque(static_cast<int>(threadIdx.x % 128));
       const uint32_t own = tile + ((tid & 3) * 128 + (tid >> 5) * 16 + (tid >> 2 & 7)) * 4;
       const int column = column_of(group) + tid % 64;
-      const int64_t origin = row * tensor.stride_b + head * tensor.stride_h + column;
       if constexpr (!kIn) {
 #pragma unroll
         for (int x = 0; x < 16; ++x) {
@@ -484,17 +494,24 @@ struct Block {
         }
         sync_group(group);
       }
-#pragma unroll 1
-      for (int r = tid / 64; r < 32; r += 2) {
-        const int d = dim_of(group) + h * 32 + r;
-        const uint32_t element = tile + (r * 64 + tid % 64) * 4;
-        const int64_t index = origin + d * tensor.stride_s;
-        const bool inside = d < args.dhqk && column < args.dhhv;
-        if constexpr (kIn) {
-          store_shared(element,
-                       inside ? load_any<float>(tensor.data, index, args.state_dtype) : 0.0f);
-        } else if (inside) {
-          store_any<float>(tensor.data, index, args.state_dtype, load_shared(element));
+      const uint32_t element = tile + tid * 4;
+      const int d = dim_of(group) + h * 32 + tid / 64;
+      S* from = at<S>(tensor, row, head, d) + column;
+      const int rows = column < args.dhhv ? args.dhqk - d : 0;
+      if constexpr (kIn) {
+        // All in flight before the first is needed.
+        float x[16];
+#pragma unroll
+        for (int r = 0; r < 16; ++r) {
+          x[r] = 2 * r < rows ? to_acc(from[2 * r * tensor.stride_s]) : 0.0f;
+        }
+#pragma unroll
+        for (int r = 0; r < 16; ++r) store_shared(element + r * 512, x[r]);
+      } else {
+#pragma unroll
+        for (int r = 0; r < 16; ++r) {
+          const float x = load_shared(element + r * 512);
+          if (2 * r < rows) from[2 * r * tensor.stride_s] = from_acc<S>(x);
         }
       }
       sync_group(group);

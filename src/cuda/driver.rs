@@ -34,33 +34,66 @@ fn map_dtype(dtype: DType) -> Result<sys::CUtensorMapDataType> {
 /// and `slabs` times 64 columns are copied; what lies beyond the tensor is zero. The view must suit
 /// the copy engine.
 pub(super) fn tensor_map(view: &View, slabs: i64) -> Result<sys::CUtensorMap> {
+    let [b, nh, s, d] = view.shape;
+    // A stride that no index walks along still has to be one.
+    let bytes = |stride: i64| if stride == 0 { 16 } else { 2 * stride };
+    let [stride_b, stride_h, stride_s, _] = view.stride;
+    encode(
+        map_dtype(view.dtype)?,
+        view.data,
+        [64, s, d / 64, nh, b],
+        [bytes(stride_s), 128, bytes(stride_h), bytes(stride_b)],
+        [64, 64, slabs, 1, 1],
+        sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+    )
+}
+
+/// `rows` rows of `bytes` bytes (a multiple of 16, at most 2048) one after another, to copy one at a
+/// time.
+pub(super) fn rows_map(data: *mut u8, rows: i64, bytes: i64) -> Result<sys::CUtensorMap> {
+    encode(
+        sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
+        data,
+        [bytes / 8, rows],
+        [bytes],
+        [bytes / 8, 1],
+        sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+    )
+}
+
+/// `strides` in bytes, of all dimensions but the first.
+fn encode<const RANK: usize, const STRIDES: usize>(
+    dtype: sys::CUtensorMapDataType,
+    data: *mut u8,
+    sizes: [i64; RANK],
+    strides: [i64; STRIDES],
+    boxes: [i64; RANK],
+    swizzle: sys::CUtensorMapSwizzle,
+) -> Result<sys::CUtensorMap> {
     use sys::{
         CUtensorMapFloatOOBfill as Fill, CUtensorMapInterleave as Interleave,
-        CUtensorMapL2promotion as Promotion, CUtensorMapSwizzle as Swizzle,
+        CUtensorMapL2promotion as Promotion,
     };
-    let [b, nh, s, d] = view.shape;
-    let sizes = [64, s, d / 64, nh, b].map(i64::cast_unsigned);
-    // A stride that no index walks along still has to be one.
-    let bytes = |stride: i64| if stride == 0 { 16 } else { (2 * stride).cast_unsigned() };
-    let [stride_b, stride_h, stride_s, _] = view.stride;
-    let strides = [bytes(stride_s), 128, bytes(stride_h), bytes(stride_b)];
-    let boxes = [64, 64, slabs as u32, 1, 1];
+    const { assert!(STRIDES + 1 == RANK) };
+    let sizes = sizes.map(i64::cast_unsigned);
+    let strides = strides.map(i64::cast_unsigned);
+    let boxes = boxes.map(|size| size as u32);
     let mut map = std::mem::MaybeUninit::<sys::CUtensorMap>::zeroed();
-    // SAFETY: all arrays have the lengths of a rank of 5; the map is plain data, aligned by its type.
+    // SAFETY: all arrays have the lengths of the rank; the map is plain data, aligned by its type.
     unsafe {
         check(
             "cuTensorMapEncodeTiled",
             sys::cuTensorMapEncodeTiled(
                 map.as_mut_ptr(),
-                map_dtype(view.dtype)?,
-                5,
-                view.data.cast(),
+                dtype,
+                RANK as u32,
+                data.cast(),
                 sizes.as_ptr(),
                 strides.as_ptr(),
                 boxes.as_ptr(),
-                [1; 5].as_ptr(),
+                [1; RANK].as_ptr(),
                 Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzle,
                 Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 Fill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             ),

@@ -2,7 +2,7 @@
 
 use super::chunkwise::{self, Run};
 use super::driver;
-use super::layout::{ceil_div, padded_dhqk};
+use super::layout::{PACKED_BYTES, ceil_div, padded_dhqk};
 use super::params::HopperArgs;
 use crate::dispatch::{self, Plan};
 use crate::error::Result;
@@ -22,6 +22,11 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
         k: driver::tensor_map(&t.k, 1)?,
         v: driver::tensor_map(&t.v, columns / 64)?,
         h: driver::tensor_map(&t.h, 1)?,
+        packed: driver::rows_map(
+            args.buffers.packed,
+            run.args.num_chunks * p.nh,
+            PACKED_BYTES as i64,
+        )?,
         args,
     };
     run.device.enqueue(|| {

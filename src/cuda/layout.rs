@@ -11,7 +11,7 @@ use crate::tensor::DType;
 use crate::workspace::{Carver, Workspace};
 
 /// A chunk's vectors for the Hopper kernels: `kPackedFloats`.
-const PACKED_BYTES: usize = (6 * 64 + 4) * 4;
+pub(super) const PACKED_BYTES: usize = (6 * 64 + 4) * 4;
 
 /// The same for their backward: `kBackwardFloats`.
 const BACKWARD_BYTES: usize = (10 * 64 + 4) * 4;

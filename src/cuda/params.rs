@@ -152,6 +152,7 @@ pub(super) struct HopperArgs {
     pub(super) k: TensorMap,
     pub(super) v: TensorMap,
     pub(super) h: TensorMap,
+    pub(super) packed: TensorMap,
     pub(super) args: Args,
 }
 
