@@ -232,4 +232,45 @@ __device__ __forceinline__ double initial_m(const Args& args, int row, int h, in
   return load_as_double(args.m_initial.data, index, acc_dtype);
 }
 
+// m along a row's chunks, whose effects are in chunk_gates, by one warp: some lane calls keep(c, m)
+// with m before chunk c. Returns m after the last. A lane takes kChunks consecutive ones, all loaded
+// at once.
+template <typename Acc, int kChunks, typename F>
+__device__ __forceinline__ double scan_row(const Args& args, int row, int h, int lane, F keep) {
+  int64_t begin = first_chunk(args, row);
+  int64_t end = first_chunk(args, row + 1);
+  double m = initial_m(args, row, h, acc_dtype<Acc>());
+  for (int64_t base = begin; base < end; base += 32 * kChunks) {
+    int64_t first = base + lane * kChunks;
+    MaxPlus chunks[kChunks];
+    MaxPlus mine = no_tokens();
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      chunks[j] = no_tokens();
+      if (first + j < end) {
+        const double* gates = chunk_gates(args, first + j, h);
+        chunks[j] = {__ldcg(gates), __ldcg(gates + 1)};
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) mine = then(mine, chunks[j]);
+    MaxPlus upto = inclusive_scan(mine, lane);
+    MaxPlus before = shuffle_up(upto, 1);
+    double chunk_m = lane == 0 ? m : apply(before, m);
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      if (first + j < end) keep(first + j, chunk_m);
+      chunk_m = apply(chunks[j], chunk_m);
+    }
+    m = __shfl_sync(kFullWarp, apply(upto, m), 31);
+  }
+  return m;
+}
+
+template <typename Acc>
+__device__ __forceinline__ void store_last_m(const Args& args, int row, int h, double m) {
+  if (args.m_last.data == nullptr) return;
+  at<Acc>(args.m_last, row, h, 0)[0] = static_cast<Acc>(m);
+}
+
 }  // namespace mlstm

@@ -3,11 +3,9 @@
 //   gates_reduce_*  effect of each chunk on m                                 warp per chunk, head
 //   gates_scan_*    m at each chunk's start, m_last                           warp per row, head
 //   gates_emit_*    m, exponents, weights                                     warp per chunk, head
-//   gates_reduce_fast, gates_pack_*   the first and the last of these for the Hopper kernels
-// Blocks have 128 threads unless said otherwise. The sigmoid gate (m = 0) needs one of the last two
-// only.
+// Blocks have 128 threads unless said otherwise. The sigmoid gate (m = 0) needs the last one only.
+// gates_sm90.cu has those for the Hopper kernels.
 #include "gatemath.cuh"
-#include "gates_sm90.cuh"
 #include "overlap.cuh"
 
 namespace mlstm {
@@ -96,76 +94,6 @@ __device__ __forceinline__ void emit(const Args& args) {
   if (lane == 0) static_cast<Acc*>(args.g)[chunk_index(args, c, h)] = power_of_2<Acc>(total);
 }
 
-// ---- For the Hopper kernels.
-
-__device__ __forceinline__ void reduce_fast(const Args& args) {
-  start_dependents();
-  wait_for_previous();
-  int64_t item;
-  int lane;
-  if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
-  int64_t c = item / args.nh;
-  int h = static_cast<int>(item % args.nh);
-  MaxPlusOf<float> all = lane_effects(lane_pair(args, c, h, lane), lane);
-  if (lane == 31) {
-    double* out = chunk_gates(args, c, h);
-    out[0] = all.decay;
-    out[1] = all.floor;
-  }
-}
-
-template <typename T>
-struct Packed {
-  T split[2][64];
-  float vector[5][64];
-  float m[64];
-};
-
-template <typename T>
-__device__ __forceinline__ void pack_vectors(const Args& args) {
-  start_dependents();
-  wait_for_previous();
-  __shared__ Packed<T> shared[kWarps];
-  Packed<T>& packed = shared[threadIdx.x / 32];
-  int64_t item;
-  int lane;
-  if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
-  int64_t c = item / args.nh;
-  int h = static_cast<int>(item % args.nh);
-  LanePair pair = lane_pair(args, c, h, lane);
-  if (pair.chunk.len == 0) return;
-  FastVectors x = fast_vectors(args, pair, c, h, lane);
-  bool exponential = (args.flags & kExponential) != 0;
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    int t = 2 * lane + j;
-    int column = column_order(t);
-    bool inside = j < pair.count;
-    packed.vector[0][column] = inside ? exp2f(x.phi[j]) : 0.0f;
-    float a = inside ? fast_input(x, j) : 0.0f;
-    packed.vector[1][column] = a;
-    T high = static_cast<T>(a);
-    packed.split[0][t] = high;
-    packed.split[1][t ^ 8] = static_cast<T>(a - static_cast<float>(high));
-    packed.vector[2][t] = inside ? x.phi[j] : 0.0f;
-    packed.vector[3][column] = inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
-    packed.vector[4][t] =
-        inside && exponential ? exp2f(-static_cast<float>(kLog2E) * x.m[j]) : 1.0f;
-    packed.m[t] = x.m[j];
-  }
-  __syncwarp();
-
-  float* out = args.packed + chunk_index(args, c, h) * kPackedFloats;
-  for (int word = lane; word < kPackedDecay; word += 32) {
-    out[word] = reinterpret_cast<const float*>(&packed)[word];
-  }
-  if (args.write_m != 0) {
-    float* m_out = at<float>(args.m, pair.b, h, pair.chunk.start);
-    for (int t = lane; t < pair.chunk.len; t += 32) m_out[t * args.m.stride_s] = packed.m[t];
-  }
-  if (lane == 0) out[kPackedDecay] = exp2f(x.total);
-}
-
 template <typename Acc>
 __device__ __forceinline__ void reduce(const Args& args) {
   start_dependents();
@@ -187,43 +115,15 @@ template <typename Acc>
 __device__ __forceinline__ void scan(const Args& args) {
   start_dependents();
   wait_for_previous();
-  constexpr int kChunks = 8;  // consecutive ones per lane, all loaded at once
   int64_t item;
   int lane;
   if (!warp_item(static_cast<int64_t>(args.rows) * args.nh, &item, &lane)) return;
   int row = static_cast<int>(item / args.nh);
   int h = static_cast<int>(item % args.nh);
-  int64_t begin = first_chunk(args, row);
-  int64_t end = first_chunk(args, row + 1);
-  double m = initial_m(args, row, h, acc_dtype<Acc>());
-  for (int64_t base = begin; base < end; base += 32 * kChunks) {
-    int64_t first = base + lane * kChunks;
-    MaxPlus chunks[kChunks];
-    MaxPlus mine = no_tokens();
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      chunks[j] = no_tokens();
-      if (first + j < end) {
-        const double* gates = chunk_gates(args, first + j, h);
-        chunks[j] = {gates[0], gates[1]};
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) mine = then(mine, chunks[j]);
-    MaxPlus upto = inclusive_scan(mine, lane);
-    MaxPlus before = shuffle_up(upto, 1);
-    double chunk_m = lane == 0 ? m : apply(before, m);
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      if (first + j < end) chunk_gates(args, first + j, h)[2] = chunk_m;
-      chunk_m = apply(chunks[j], chunk_m);
-    }
-    m = __shfl_sync(kFullWarp, apply(upto, m), 31);
-  }
-  if (lane == 0 && args.m_last.data != nullptr) {
-    int64_t index = row * args.m_last.stride_b + h * args.m_last.stride_h;
-    static_cast<Acc*>(args.m_last.data)[index] = static_cast<Acc>(m);
-  }
+  double m = scan_row<Acc, 8>(args, row, h, lane, [&](int64_t c, double before) {
+    chunk_gates(args, c, h)[2] = before;
+  });
+  if (lane == 0) store_last_m<Acc>(args, row, h, m);
 }
 
 // Offset j, forced into order and into [0, S]: bad contents must not lead outside the tensors.
@@ -322,21 +222,6 @@ extern "C" __global__ void __launch_bounds__(1024) chunk_table(const __grid_cons
   mlstm::table(args);
 }
 MLSTM_GEOMETRY(chunk_table, 1, 1, 1024, 0)
-
-extern "C" __global__ void __launch_bounds__(128)
-    gates_reduce_fast(const __grid_constant__ Args args) {
-  mlstm::reduce_fast(args);
-}
-MLSTM_GEOMETRY(gates_reduce_fast, mlstm::kWarps, 1, 128, 0)
-
-#define MLSTM_GATES_PACK(T, SUFFIX)                                     \
-  extern "C" __global__ void __launch_bounds__(128)                     \
-      gates_pack_##SUFFIX(const __grid_constant__ Args args) {          \
-    mlstm::pack_vectors<T>(args);                                       \
-  }                                                                     \
-  MLSTM_GEOMETRY(gates_pack_##SUFFIX, mlstm::kWarps, 1, 128, 0)
-MLSTM_GATES_PACK(__nv_bfloat16, bf16)
-MLSTM_GATES_PACK(__half, f16)
 
 #define MLSTM_GATES(ACC, SUFFIX)                                                                 \
   extern "C" __global__ void __launch_bounds__(128)                                              \

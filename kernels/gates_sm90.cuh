@@ -27,18 +27,33 @@ __device__ __forceinline__ float fast_gate(const Args& args, const Tensor& gate,
                          args.gate_dtype);
 }
 
-__device__ __forceinline__ LanePair lane_pair(const Args& args, int64_t c, int h, int lane) {
+// With f, as yet, for its logarithm: so that more loads can be in flight.
+__device__ __forceinline__ LanePair load_pair(const Args& args, const Chunk& chunk, int h,
+                                              int lane) {
   LanePair pair;
-  pair.chunk = chunk_at(args, c);
-  pair.b = batch_of(args, pair.chunk.row);
-  pair.count = max(0, min(2, pair.chunk.len - 2 * lane));
+  pair.chunk = chunk;
+  pair.b = batch_of(args, chunk.row);
+  pair.count = max(0, min(2, chunk.len - 2 * lane));
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     if (j >= pair.count) continue;
     int64_t t = pair.chunk.start + 2 * lane + j;
     pair.i[j] = fast_gate(args, args.i, pair.b, h, t);
-    pair.logf[j] = fast_logsigmoid(fast_gate(args, args.f, pair.b, h, t));
+    pair.logf[j] = fast_gate(args, args.f, pair.b, h, t);
   }
+  return pair;
+}
+
+__device__ __forceinline__ void take_logarithms(LanePair& pair) {
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (j < pair.count) pair.logf[j] = fast_logsigmoid(pair.logf[j]);
+  }
+}
+
+__device__ __forceinline__ LanePair lane_pair(const Args& args, int64_t c, int h, int lane) {
+  LanePair pair = load_pair(args, chunk_at(args, c), h, lane);
+  take_logarithms(pair);
   return pair;
 }
 

@@ -261,14 +261,17 @@ impl Run<'_> {
     pub(super) fn gates_by(&self, reduce: &str, last: &str) -> Result<()> {
         let packed = self.problem.num_seqs.is_some();
         let stabilizer = self.problem.gate.has_stabilizer();
-        if packed {
-            self.launch("chunk_table", 1)?;
-        }
+        self.chunk_table()?;
         if stabilizer {
             self.launch_items(reduce, self.chunks(), packed)?;
             self.launch_items(&format!("gates_scan_{}", self.acc()), self.heads(), true)?;
         }
         self.launch_items(last, self.chunks(), packed || stabilizer)
+    }
+
+    /// The chunks of packed sequences.
+    pub(super) fn chunk_table(&self) -> Result<()> {
+        self.launch("chunk_table", i64::from(self.problem.num_seqs.is_some()))
     }
 
     pub(super) fn gate_gradients(&self) -> Result<()> {

@@ -30,7 +30,7 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
         args,
     };
     run.device.enqueue(|| {
-        run.gates_by("gates_reduce_fast", &format!("gates_pack_{}", run.data()))?;
+        gates(&run)?;
         if plan.segments > 1 {
             hopper.args.segment_grid -= 1;
             let name = format!("hopper_segments_{shape}");
@@ -40,4 +40,30 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
         let name = format!("hopper_forward_{shape}");
         run.device.launch(stream, &name, blocks * plan.segments, true, &hopper)
     })
+}
+
+/// Blocks of a cluster of `gates_whole`.
+const CLUSTERS: [i64; 4] = [1, 2, 4, 8];
+
+/// Most blocks of `gates_whole` where many may have nothing to do: what a device holds at once.
+const ONE_WAVE: i64 = 4 * 132;
+
+/// The gates' vectors: in one kernel where a cluster of blocks can hold a sequence's chunks.
+fn gates(run: &Run<'_>) -> Result<()> {
+    let (p, data) = (run.problem, run.data());
+    let packed = p.num_seqs.is_some();
+    let chunks = ceil_div(p.s, i64::from(run.args.chunk_len));
+    let whole = CLUSTERS.into_iter().find_map(|cluster| {
+        let name = format!("gates_whole_{data}_x{cluster}");
+        let fits = i64::from(run.device.geometry(&name)?.rows) >= chunks;
+        fits.then_some((name, run.heads() * cluster))
+    });
+    match whole {
+        // Packed sequences may be many and short.
+        Some((name, blocks)) if p.gate.has_stabilizer() && (!packed || blocks <= ONE_WAVE) => {
+            run.chunk_table()?;
+            run.device.launch(run.stream, &name, blocks, packed, &run.args)
+        }
+        _ => run.gates_by("gates_reduce_fast", &format!("gates_pack_{data}")),
+    }
 }

@@ -71,7 +71,7 @@ def test_options(dtype, options):
 
 @pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize("dims", [(64, 128), (256, 192)])
-@pytest.mark.parametrize("s", [2048, 4000, 8192])
+@pytest.mark.parametrize("s", [2048, 4000, 8192, 8200])
 def test_segments(s, dims, initial):
     """Few heads and long sequences: parts of a sequence run side by side."""
     check(Case(dtype=BF16, b=1, nh=2, s=s, dhqk=dims[0], dhhv=dims[1], initial=initial, f_bias=4.0))
@@ -107,6 +107,11 @@ def test_packed(offsets, dims):
     check(
         Case(dtype=BF16, b=1, s=offsets[-1], cu_seqlens=offsets, dhqk=dims[0], dhhv=dims[1], nh=1)
     )
+
+
+def test_many_packed_sequences():
+    offsets = list(range(0, 1200, 2))
+    check(Case(dtype=BF16, b=1, s=offsets[-1], cu_seqlens=offsets, dhqk=64, dhhv=64, nh=1))
 
 
 def test_packed_sequences_do_not_touch_each_other():
