@@ -207,7 +207,6 @@ struct Args {
   float* boundary_e;  // [boundary_slot][NH][boundary_parts]: parts of <dC, C> + <dn, n>
   float* state_copies;  // of 16-bit states: [3: c_initial, dc_last, dc_initial][R][NH][DHQK][DHHV]
   int32_t segments;      // at least 1
-  int32_t segment_grid;  // segments in the grid: all, or all but the last
   int32_t boundary_parts;
   int32_t rho_parts;
 };

@@ -32,8 +32,9 @@ constexpr int kKeyTileBytes = 72 * 128;  // the same and 8 rows more, for n
 // DHQK up to 64 kSlabs. The state warpgroups hold 64 columns of DHHV each, or, where DHQK is too
 // large for one's registers (kSplit), a half each of DHQK for the same 64 columns. kOutputs: with
 // queries, scores and outputs.
-template <int kSlabs_, int kWgs_, bool kOutputs = true>
+template <int kSlabs_, int kWgs_, bool kOutputs_ = true>
 struct HopperShape {
+  static constexpr bool kOutputs = kOutputs_;
   static constexpr int kSlabs = kSlabs_;
   static constexpr int kWgs = kWgs_;
   static constexpr int kDim = 64 * kSlabs;
@@ -152,8 +153,9 @@ struct Block {
     slab0 = static_cast<int>(id % slices) * (Shape::kColumns / 64);
     id /= slices;
     // The kernel of the segments' own states leaves out the last one.
-    segment = id % args.segment_grid;
-    id /= args.segment_grid;
+    const uint32_t segments = args.segments - (Shape::kOutputs ? 0 : 1);
+    segment = id % segments;
+    id /= segments;
     head = id % args.nh;
     row = id / args.nh;
     batch = batch_of(args, row);

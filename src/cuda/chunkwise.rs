@@ -145,7 +145,6 @@ fn common(
         cu_seqlens_wide: i64::from(cu_seqlens.is_some_and(|view| view.dtype == DType::I64)),
         buffers: layout::buffers(p, plan, backward, workspace),
         segments: params::size("segments", plan.segments)?,
-        segment_grid: params::size("segments", plan.segments)?,
         boundary_parts: 0,
         rho_parts: 0,
     })

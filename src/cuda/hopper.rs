@@ -17,7 +17,7 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     let (dhqk, columns) = (padded_dhqk(p), dispatch::hopper_columns(p));
     let shape = format!("{}_{dhqk}x{columns}", run.data());
     let blocks = run.heads() * ceil_div(p.dhhv, columns);
-    let mut hopper = HopperArgs {
+    let hopper = HopperArgs {
         q: driver::tensor_map(&t.q, dhqk / 64)?,
         k: driver::tensor_map(&t.k, 1)?,
         v: driver::tensor_map(&t.v, columns / 64)?,
@@ -32,10 +32,8 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     run.device.enqueue(|| {
         gates(&run)?;
         if plan.segments > 1 {
-            hopper.args.segment_grid -= 1;
             let name = format!("hopper_segments_{shape}");
             run.device.launch(stream, &name, blocks * (plan.segments - 1), true, &hopper)?;
-            hopper.args.segment_grid += 1;
         }
         let name = format!("hopper_forward_{shape}");
         run.device.launch(stream, &name, blocks * plan.segments, true, &hopper)

@@ -97,7 +97,6 @@ pub(super) struct Args {
     pub(super) cu_seqlens_wide: i64,
     pub(super) buffers: Buffers,
     pub(super) segments: i32,
-    pub(super) segment_grid: i32,
     pub(super) boundary_parts: i32,
     pub(super) rho_parts: i32,
 }
