@@ -40,12 +40,8 @@ fi
 if [[ "${SANITIZE:-1}" != 0 ]]; then
   for tool in memcheck racecheck initcheck synccheck; do
     heading "compute-sanitizer $tool"
-    # racecheck reports kernels for the H100 and H200, where it seems not to follow bulk copies that
-    # complete on an mbarrier (kernels/NOTES.md).
-    engine=
-    if [[ $tool == racecheck ]]; then engine=--generic; fi
     (cd tests/gpu && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-      --error-exitcode 1 "$PYTHON" sanitize.py $engine | tail -n 5)
+      --error-exitcode 1 "$PYTHON" sanitize.py | tail -n 5)
   done
 fi
 
