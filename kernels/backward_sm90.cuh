@@ -31,9 +31,9 @@ namespace mlstm {
 enum class Sweep { kDv, kDq, kDk, kC, kDc };
 
 // Passed by value to the sweeps: copy descriptors as in HopperArgs, of G as (64, 64 tokens of each chunk
-// and head).
+// and head), and of the sweep's part of a chunk's vectors and of all parts of its rho as rows.
 struct BackwardArgs {
-  TensorMap queries, keys, values, own, out, scores, vectors;
+  TensorMap queries, keys, values, own, out, scores, vectors, rho;
   Args args;
 };
 
@@ -78,7 +78,7 @@ struct BackwardShape {
   static constexpr int kOwnStages = !kOwn ? 0 : kStateSlabs == 4 ? 1 : 2;
   static constexpr int kUnitBytes = kStateSlabs * kTileBytes;
   static constexpr int kValueBytes = kColumns / 64 * kTileBytes;
-  // The part of a chunk's vectors that the sweep needs.
+  // The part of a chunk's vectors that the sweep needs; src/cuda/hopper_backward.rs has the same.
   static constexpr int kVectorFrom = kSweep == Sweep::kDq ? kInvAt : kSourceAt;
   static constexpr int kVectorTo = kSweep == Sweep::kDv   ? kWDeltaAt
                                    : kSweep == Sweep::kDk ? kColumnDeltaAt + 256
@@ -339,25 +339,20 @@ struct BackwardBlock {
     for (int i = 0; i < count; ++i) {
       const int stage = Stages::slot(i);
       const uint32_t full = bar(kValuesFull, stage);
-      const int64_t index = chunk_index(args, first + chunk(i), head);
+      const int index = static_cast<int>(chunk_index(args, first + chunk(i), head));
       if (leaves && i >= Shape::kStages) leave_scores(i - Shape::kStages);
       barrier_wait(bar(kValuesEmpty, stage), Stages::phase(i) ^ 1);
       const int rho = Shape::kSweep == Sweep::kDq && needs_rho() ? args.rho_parts * 256 : 0;
       barrier_expect(full, Shape::kValueBytes + Shape::kVectorBytes + rho);
-      if (rho != 0) {
-        load_bytes(w_delta(stage), args.rho + index * args.rho_parts * 64, rho, full);
-      }
-      load_bytes(vectors(stage) + Shape::kVectorFrom,
-                 args.packed + index * kBackwardFloats + Shape::kVectorFrom / 4,
-                 Shape::kVectorBytes, full);
+      if (rho != 0) load_row(w_delta(stage), &maps.rho, full, index);
+      load_row(vectors(stage) + Shape::kVectorFrom, &maps.vectors, full, index);
       load_box(value(stage, 0), &maps.values, full, start(chunk(i)), slab0, head, batch);
       if constexpr (Shape::kOutputs && !Shape::kScored) {
         using Scores = Ring<Shape::kScoreStages>;
         const uint32_t scores = bar(kScoresFull, Scores::slot(i));
         barrier_wait(bar(kScoresEmpty, Scores::slot(i)), Scores::phase(i) ^ 1);
         barrier_expect(scores, kTileBytes);
-        load_box(score(Scores::slot(i)), &maps.scores, scores, static_cast<int>(index * 64), 0, 0,
-                 0);
+        load_box(score(Scores::slot(i)), &maps.scores, scores, index * 64, 0, 0, 0);
       }
     }
     if (leaves) {

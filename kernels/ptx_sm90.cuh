@@ -87,16 +87,6 @@ __device__ __forceinline__ void store_box(const TensorMap* map, uint32_t from, i
       : "memory");
 }
 
-// `bytes` of memory, a multiple of 16, to shared memory.
-__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, uint32_t bytes,
-                                           uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-
 // A row of a (columns, rows) tensor to shared memory.
 __device__ __forceinline__ void load_row(uint32_t to, const TensorMap* map, uint32_t barrier,
                                          int row) {

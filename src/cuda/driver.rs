@@ -48,14 +48,20 @@ pub(super) fn tensor_map(view: &View, slabs: i64) -> Result<sys::CUtensorMap> {
     )
 }
 
-/// `rows` rows of `bytes` bytes (a multiple of 16, at most 2048) one after another, to copy one at a
-/// time.
-pub(super) fn rows_map(data: *mut u8, rows: i64, bytes: i64) -> Result<sys::CUtensorMap> {
+/// `rows` rows of `bytes` bytes (at most 2048) that start every `pitch` bytes, to copy one at a time;
+/// all are multiples of 16.
+pub(super) fn rows_map(
+    data: *mut u8,
+    rows: i64,
+    pitch: usize,
+    bytes: usize,
+) -> Result<sys::CUtensorMap> {
+    let (pitch, bytes) = (pitch as i64, bytes as i64);
     encode(
         sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
         data,
         [bytes / 8, rows],
-        [bytes],
+        [pitch],
         [bytes / 8, 1],
         sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
     )

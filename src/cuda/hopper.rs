@@ -25,7 +25,8 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
         packed: driver::rows_map(
             args.buffers.packed,
             run.args.num_chunks * p.nh,
-            PACKED_BYTES as i64,
+            PACKED_BYTES,
+            PACKED_BYTES,
         )?,
         args,
     };

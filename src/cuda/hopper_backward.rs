@@ -1,8 +1,10 @@
 //! The launch sequence of the backward for the H100 and H200 (`kernels/backward_*_sm90.cu`).
 
+use std::ops::Range;
+
 use super::chunkwise::{self, Run};
 use super::driver;
-use super::layout::{ceil_div, padded, qk_tiles};
+use super::layout::{BACKWARD_BYTES, ceil_div, padded, qk_tiles};
 use super::params::{self, Args, BackwardArgs, CopyArgs, Tensor, TensorMap};
 use crate::dispatch::{self, Plan};
 use crate::error::Result;
@@ -64,16 +66,37 @@ struct Tiles<'a> {
     out: &'a View,
 }
 
+/// What the sweeps leave each other and `gates_pack_backward` leaves them, by chunk and head.
+struct Records {
+    scores: TensorMap,
+    rho: TensorMap,
+    vectors: *mut u8,
+    count: i64,
+}
+
+/// Bytes of a chunk's vectors that a sweep needs: `kVectorFrom` to `kVectorTo`.
+const DV_VECTORS: Range<usize> = 1024..2064;
+const DQ_VECTORS: Range<usize> = 0..1552;
+const DK_VECTORS: Range<usize> = 1024..BACKWARD_BYTES;
+const STATE_VECTORS: Range<usize> = 1024..1552;
+
 impl Tiles<'_> {
-    fn maps(&self, sweep: &Sweep, scores: TensorMap) -> Result<[TensorMap; 7]> {
+    fn maps(
+        &self,
+        sweep: &Sweep,
+        records: &Records,
+        vectors: Range<usize>,
+    ) -> Result<[TensorMap; 8]> {
+        let first = records.vectors.wrapping_add(vectors.start);
         Ok([
             driver::tensor_map(self.queries, 1)?,
             driver::tensor_map(self.keys, sweep.unit_columns() / 64)?,
             driver::tensor_map(self.values, sweep.block / 64)?,
             driver::tensor_map(self.own, sweep.block / 64)?,
             driver::tensor_map(self.out, 1)?,
-            scores,
-            scores,
+            records.scores,
+            driver::rows_map(first, records.count, BACKWARD_BYTES, vectors.len())?,
+            records.rho,
         ])
     }
 }
@@ -100,19 +123,25 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
         scores.shape = [1, 1, chunks * 64, 64];
         scores.stride = [chunks * 64 * 64, chunks * 64 * 64, 64, 1];
     }
-    let scores = driver::tensor_map(&scores, 1)?;
+    let rho_bytes = 256 * sweep_dv.blocks() as usize;
+    let records = Records {
+        scores: driver::tensor_map(&scores, 1)?,
+        rho: driver::rows_map(args.buffers.rho, chunks, rho_bytes, rho_bytes)?,
+        vectors: args.buffers.packed,
+        count: chunks,
+    };
     // h is not read where it is absent.
     let h = t.h.as_ref().unwrap_or(&t.dh);
     let dv = Tiles { queries: &t.k, keys: &t.q, values: &t.dh, own: h, out: &t.dv };
     let dq = Tiles { queries: &t.dh, keys: &t.v, values: &t.k, own: &t.q, out: &t.dq };
     let dk = Tiles { queries: &t.v, keys: &t.dh, values: &t.q, own: &t.k, out: &t.dk };
-    let dv_maps = dv.maps(&sweep_dv, scores)?;
-    let dq_maps = dq.maps(&sweep, scores)?;
-    let dk_maps = dk.maps(&sweep, scores)?;
+    let dv_maps = dv.maps(&sweep_dv, &records, DV_VECTORS)?;
+    let dq_maps = dq.maps(&sweep, &records, DQ_VECTORS)?;
+    let dk_maps = dk.maps(&sweep, &records, DK_VECTORS)?;
 
     let data = run.data();
     let heads = run.heads();
-    let launch = |name: &str, blocks: i64, maps: [TensorMap; 7]| {
+    let launch = |name: &str, blocks: i64, maps: [TensorMap; 8]| {
         device.launch(stream, name, blocks, true, &BackwardArgs { maps, args })
     };
     device.enqueue(|| {
@@ -125,8 +154,8 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
             let part = Sweep::of(p.dhqk, p.dhhv.min(256));
             let parts = part.blocks() * ceil_div(p.dhhv, part.columns);
             let blocks = heads * parts * (plan.segments - 1);
-            launch(&part.kernel("c", data), blocks, dq.maps(&part, scores)?)?;
-            launch(&part.kernel("dc", data), blocks, dk.maps(&part, scores)?)?;
+            launch(&part.kernel("c", data), blocks, dq.maps(&part, &records, STATE_VECTORS)?)?;
+            launch(&part.kernel("dc", data), blocks, dk.maps(&part, &records, STATE_VECTORS)?)?;
         }
         let blocks = heads * plan.segments;
         launch(&sweep_dv.kernel("dv", data), blocks * sweep_dv.blocks(), dv_maps)?;

@@ -14,7 +14,7 @@ use crate::workspace::{Carver, Workspace};
 pub(super) const PACKED_BYTES: usize = (6 * 64 + 4) * 4;
 
 /// The same for their backward: `kBackwardFloats`.
-const BACKWARD_BYTES: usize = (10 * 64 + 4) * 4;
+pub(super) const BACKWARD_BYTES: usize = (10 * 64 + 4) * 4;
 
 /// The scores of one chunk and head: 64 queries by 64 keys of 16 bits.
 const SCORE_BYTES: usize = 64 * 64 * 2;

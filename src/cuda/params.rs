@@ -159,7 +159,7 @@ pub(super) struct HopperArgs {
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub(super) struct BackwardArgs {
-    pub(super) maps: [TensorMap; 7],
+    pub(super) maps: [TensorMap; 8],
     pub(super) args: Args,
 }
 
