@@ -8,6 +8,7 @@
 // h depends on m only through eps, and the caller may have a gradient for m_last; both reach the
 // gates along the path of the maximum: walking backward, `through_m` collects dm and goes to dlogf
 // where m follows the forget gate (and on to the token before), to di where it follows the input.
+// gategrad_sm90.cu does the same for the Hopper backward.
 // Kernels: gategrad_reduce (warp per chunk, head), gategrad_scan (warp per row, head),
 // gategrad_emit (warp per chunk, head); 128 threads. Without m (sigmoid) only gategrad_emit and,
 // for nothing but dm_initial, no other is needed.
@@ -15,44 +16,6 @@
 
 namespace mlstm {
 namespace {
-
-// Effect of consecutive tokens, walked backward, on `through_m`: x -> keeps ? x + added : added.
-struct Path {
-  bool keeps;
-  double added;
-};
-
-__device__ __forceinline__ Path then(Path later, Path earlier) {
-  // The later tokens come first on the way back.
-  return {later.keeps && earlier.keeps,
-          earlier.keeps ? later.added + earlier.added : earlier.added};
-}
-
-__device__ __forceinline__ double apply(Path path, double x) {
-  return path.keeps ? x + path.added : path.added;
-}
-
-__device__ __forceinline__ Path shuffle_down(Path x, int delta) {
-  return {__shfl_down_sync(kFullWarp, static_cast<int>(x.keeps), delta) != 0,
-          __shfl_down_sync(kFullWarp, x.added, delta)};
-}
-
-// Combination of this lane's tokens and all later ones.
-__device__ __forceinline__ Path suffix_scan(Path x, int lane) {
-  for (int delta = 1; delta < 32; delta *= 2) {
-    Path later = shuffle_down(x, delta);
-    if (lane + delta < 32) x = then(later, x);
-  }
-  return x;
-}
-
-__device__ __forceinline__ double suffix_sum(double x, int lane) {
-  for (int delta = 1; delta < 32; delta *= 2) {
-    double later = __shfl_down_sync(kFullWarp, x, delta);
-    if (lane + delta < 32) x += later;
-  }
-  return x;
-}
 
 template <typename Acc>
 __device__ __forceinline__ double sum_partials(const void* data, int64_t first, int64_t stride,
@@ -152,8 +115,7 @@ __device__ __forceinline__ void scan(const Args& args) {
     double* scratch = c + lane >= begin ? chunk_gates(args, c + lane, h) : nullptr;
     if (scratch != nullptr) mine = {scratch[0] != 0.0, scratch[1]};
     Path from = suffix_scan(mine, lane);
-    Path later = shuffle_down(from, 1);
-    if (lane == 31) later = {true, 0.0};
+    Path later = next_lane(from, lane);
     if (scratch != nullptr) scratch[3] = apply(later, x);
     x = __shfl_sync(kFullWarp, apply(from, x), 0);
   }
@@ -180,8 +142,7 @@ __device__ __forceinline__ void emit(const Args& args) {
   TokenGates gates[kPerLane];
   double dm[kPerLane];
   Path path = lane_path<Acc>(args, tokens, h, m, gates, dm);
-  Path later = shuffle_down(suffix_scan(path, lane), 1);
-  if (lane == 31) later = {true, 0.0};
+  Path later = next_lane(suffix_scan(path, lane), lane);
   double through_m = exponential ? apply(later, chunk_gates(args, c, h)[3]) : 0.0;
 
   int64_t base = token_index(args, tokens.b, h, tokens.first);

@@ -121,6 +121,59 @@ __device__ __forceinline__ A inclusive_sum(A x, int lane) {
   return x;
 }
 
+// Effect of consecutive tokens, walked backward, on `through_m` (gategrad.cu): x -> keeps ? x + added :
+// added.
+template <typename A>
+struct PathOf {
+  bool keeps;
+  A added;
+};
+using Path = PathOf<double>;
+
+// The later tokens come first on the way back.
+template <typename A>
+__device__ __forceinline__ PathOf<A> then(PathOf<A> later, PathOf<A> earlier) {
+  return {later.keeps && earlier.keeps,
+          earlier.keeps ? later.added + earlier.added : earlier.added};
+}
+
+template <typename A>
+__device__ __forceinline__ A apply(PathOf<A> path, A x) {
+  return path.keeps ? x + path.added : path.added;
+}
+
+template <typename A>
+__device__ __forceinline__ PathOf<A> shuffle_down(PathOf<A> x, int delta) {
+  return {__shfl_down_sync(kFullWarp, static_cast<int>(x.keeps), delta) != 0,
+          __shfl_down_sync(kFullWarp, x.added, delta)};
+}
+
+// Of the next lane; the last one has nothing after it.
+template <typename A>
+__device__ __forceinline__ PathOf<A> next_lane(PathOf<A> x, int lane) {
+  x = shuffle_down(x, 1);
+  return lane == 31 ? PathOf<A>{true, A(0)} : x;
+}
+
+// Combination of this lane's tokens and all later ones.
+template <typename A>
+__device__ __forceinline__ PathOf<A> suffix_scan(PathOf<A> x, int lane) {
+  for (int delta = 1; delta < 32; delta *= 2) {
+    PathOf<A> later = shuffle_down(x, delta);
+    if (lane + delta < 32) x = then(later, x);
+  }
+  return x;
+}
+
+template <typename A>
+__device__ __forceinline__ A suffix_sum(A x, int lane) {
+  for (int delta = 1; delta < 32; delta *= 2) {
+    A later = __shfl_down_sync(kFullWarp, x, delta);
+    if (lane + delta < 32) x += later;
+  }
+  return x;
+}
+
 // What the state decays by at a token and what k v^T gains, as natural exponents.
 struct TokenGates {
   double step;

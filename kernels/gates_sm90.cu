@@ -25,7 +25,7 @@ __device__ __forceinline__ void reduce_fast(const Args& args) {
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  store_effects(args, c, h, lane, lane_effects(lane_pair(args, c, h, lane), lane));
+  store_effects(args, c, h, lane, lane_effects(lane_pair(args, chunk_at(args, c), h, lane), lane));
 }
 
 // A chunk's part of Args::packed, and its m: lanes compute neighbouring tokens and so would write
@@ -89,9 +89,11 @@ __device__ __forceinline__ void pack_vectors(const Args& args) {
   if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
   int64_t c = item / args.nh;
   int h = static_cast<int>(item % args.nh);
-  LanePair pair = lane_pair(args, c, h, lane);
-  if (pair.chunk.len == 0) return;
-  store_vectors(args, pair, fast_vectors(args, pair, c, h, lane), c, h, lane,
+  const Chunk chunk = chunk_at(args, c);
+  if (chunk.len == 0) return;
+  const float m = chunk_m(args, c, h);
+  const LanePair pair = lane_pair(args, chunk, h, lane);
+  store_vectors(args, pair, chunk_vectors(args, pair, m, lane), c, h, lane,
                 shared[threadIdx.x / 32]);
 }
 
@@ -108,10 +110,9 @@ constexpr int kWholeChunks = kWholeWarps * kWholePerWarp;
 
 // The same as chunk_at, by the place in the row.
 __device__ __forceinline__ Chunk chunk_of_row(const Args& args, int row, int64_t place) {
-  const bool packed = args.chunks != nullptr;
-  const int64_t start = (packed ? args.seq_starts[row] : 0) + place * 64;
-  const int64_t end = packed ? args.seq_starts[row + 1] : args.s;
-  return {start, row, static_cast<int32_t>(min(end - start, static_cast<int64_t>(64)))};
+  const Span tokens = row_tokens(args, row);
+  const int64_t start = tokens.start + place * 64;
+  return {start, row, static_cast<int32_t>(min(tokens.end - start, static_cast<int64_t>(64)))};
 }
 
 // For the exponential gate. A row has at most kBlocks * kWholeChunks chunks.
@@ -160,9 +161,7 @@ __device__ __forceinline__ void whole(const Args& args) {
     const int own = j * kWholeWarps + warp;
     const int place = first + own;
     if (place >= count) continue;
-    MaxPlusOf<float> before = shuffle_up(effects[j], 1);
-    float m = chunk_m[own];
-    if (lane > 0) m = apply(before, m);
+    const float m = lane_m(effects[j], chunk_m[own], lane);
     __syncwarp();
     store_vectors(args, pairs[j], fast_vectors(pairs[j], m, true, lane), begin + place, h, lane,
                   shared[warp]);

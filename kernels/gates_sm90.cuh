@@ -13,6 +13,15 @@ __device__ __forceinline__ float clamp_near(float x) {
   return x < kNearest ? kNearest : x;
 }
 
+// A row's tokens within its batch row.
+struct Span {
+  int64_t start, end;
+};
+__device__ __forceinline__ Span row_tokens(const Args& args, int row) {
+  if (args.chunks == nullptr) return {0, args.s};
+  return {args.seq_starts[row], args.seq_starts[row + 1]};
+}
+
 struct LanePair {
   Chunk chunk;
   int b;
@@ -21,10 +30,28 @@ struct LanePair {
   float logf[2];
 };
 
-__device__ __forceinline__ float fast_gate(const Args& args, const Tensor& gate, int b, int h,
-                                           int64_t t) {
-  return load_any<float>(gate.data, b * gate.stride_b + h * gate.stride_h + t * gate.stride_s,
-                         args.gate_dtype);
+// A gate, of float or 16 bits, from a token on.
+struct GateTokens {
+  char* first;
+  int64_t step;  // bytes
+};
+
+__device__ __forceinline__ GateTokens gate_tokens(const Args& args, const Tensor& gate, int b, int h,
+                                                  int64_t t) {
+  const int shift = args.gate_dtype == kF32 ? 2 : 1;
+  const int64_t index = b * gate.stride_b + h * gate.stride_h + t * gate.stride_s;
+  return {static_cast<char*>(gate.data) + (index << shift), gate.stride_s << shift};
+}
+
+// To be read by `gate_value`: a choice of the type around each load would wait for one after another.
+__device__ __forceinline__ uint32_t load_bits(const Args& args, const GateTokens& gate, int j) {
+  const char* from = gate.first + j * gate.step;
+  return args.gate_dtype == kF32 ? *reinterpret_cast<const uint32_t*>(from)
+                                 : *reinterpret_cast<const uint16_t*>(from);
+}
+__device__ __forceinline__ float gate_value(const Args& args, uint32_t bits) {
+  if (args.gate_dtype == kF16) return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+  return __uint_as_float(args.gate_dtype == kF32 ? bits : bits << 16);
 }
 
 // With f, as yet, for its logarithm: so that more loads can be in flight.
@@ -34,12 +61,20 @@ __device__ __forceinline__ LanePair load_pair(const Args& args, const Chunk& chu
   pair.chunk = chunk;
   pair.b = batch_of(args, chunk.row);
   pair.count = max(0, min(2, chunk.len - 2 * lane));
+  const GateTokens i_tokens = gate_tokens(args, args.i, pair.b, h, chunk.start + 2 * lane);
+  const GateTokens f_tokens = gate_tokens(args, args.f, pair.b, h, chunk.start + 2 * lane);
+  uint32_t i[2], f[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     if (j >= pair.count) continue;
-    int64_t t = pair.chunk.start + 2 * lane + j;
-    pair.i[j] = fast_gate(args, args.i, pair.b, h, t);
-    pair.logf[j] = fast_gate(args, args.f, pair.b, h, t);
+    i[j] = load_bits(args, i_tokens, j);
+    f[j] = load_bits(args, f_tokens, j);
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (j >= pair.count) continue;
+    pair.i[j] = gate_value(args, i[j]);
+    pair.logf[j] = gate_value(args, f[j]);
   }
   return pair;
 }
@@ -51,8 +86,9 @@ __device__ __forceinline__ void take_logarithms(LanePair& pair) {
   }
 }
 
-__device__ __forceinline__ LanePair lane_pair(const Args& args, int64_t c, int h, int lane) {
-  LanePair pair = load_pair(args, chunk_at(args, c), h, lane);
+__device__ __forceinline__ LanePair lane_pair(const Args& args, const Chunk& chunk, int h,
+                                              int lane) {
+  LanePair pair = load_pair(args, chunk, h, lane);
   take_logarithms(pair);
   return pair;
 }
@@ -102,16 +138,22 @@ __device__ __forceinline__ FastVectors fast_vectors(const LanePair& pair, float 
   return out;
 }
 
-// The same by what gates_scan leaves of m before the chunk; all lanes of a warp together.
-__device__ __forceinline__ FastVectors fast_vectors(const Args& args, const LanePair& pair,
-                                                    int64_t c, int h, int lane) {
+// What gates_scan leaves of m before the chunk.
+__device__ __forceinline__ float chunk_m(const Args& args, int64_t c, int h) {
+  return (args.flags & kExponential) != 0 ? static_cast<float>(chunk_gates(args, c, h)[2]) : 0.0f;
+}
+
+// m before a lane's first token, by the effects up to its last and m before the chunk.
+__device__ __forceinline__ float lane_m(MaxPlusOf<float> upto, float chunk_m, int lane) {
+  MaxPlusOf<float> before = shuffle_up(upto, 1);
+  return lane > 0 ? apply(before, chunk_m) : chunk_m;
+}
+
+// The same by m before the chunk; all lanes of a warp together.
+__device__ __forceinline__ FastVectors chunk_vectors(const Args& args, const LanePair& pair,
+                                                     float chunk_m, int lane) {
   bool exponential = (args.flags & kExponential) != 0;
-  float m = 0.0f;
-  if (exponential) {
-    MaxPlusOf<float> before = shuffle_up(lane_effects(pair, lane), 1);
-    m = static_cast<float>(chunk_gates(args, c, h)[2]);
-    if (lane > 0) m = apply(before, m);
-  }
+  float m = exponential ? lane_m(lane_effects(pair, lane), chunk_m, lane) : 0.0f;
   return fast_vectors(pair, m, exponential, lane);
 }
 
@@ -119,6 +161,13 @@ __device__ __forceinline__ FastVectors fast_vectors(const Args& args, const Lane
 __device__ __forceinline__ float fast_input(const FastVectors& x, int j) {
   // Rounding may leave the difference of equal sums a little above 0.
   return exp2f(fminf(x.total - x.phi[j], 0.0f) + x.source[j]);
+}
+
+// Of a chunk's tokens in the Hopper backward, a bit each, after its packing in place of chunk_gates[2]
+// and [3]: .x and .y whether the token forgets the state, .z and .w whether m follows the forget gate,
+// as it does beyond the chunk's end.
+__device__ __forceinline__ uint4* token_bits(const Args& args, int64_t c, int h) {
+  return reinterpret_cast<uint4*>(chunk_gates(args, c, h) + 2);
 }
 
 }  // namespace mlstm

@@ -273,7 +273,7 @@ impl Run<'_> {
         self.launch("chunk_table", i64::from(self.problem.num_seqs.is_some()))
     }
 
-    pub(super) fn gate_gradients(&self) -> Result<()> {
+    fn gate_gradients(&self) -> Result<()> {
         let acc = self.acc();
         if self.problem.gate.has_stabilizer() {
             self.launch_items(&format!("gategrad_reduce_{acc}"), self.chunks(), false)?;

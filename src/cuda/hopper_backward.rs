@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::chunkwise::{self, Run};
 use super::driver;
-use super::layout::{BACKWARD_BYTES, ceil_div, padded, qk_tiles};
+use super::layout::{BACKWARD_BYTES, GROUP_CHUNKS, ceil_div, padded, qk_tiles};
 use super::params::{self, Args, BackwardArgs, CopyArgs, Tensor, TensorMap};
 use crate::dispatch::{self, Plan};
 use crate::error::Result;
@@ -107,7 +107,6 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
     let mut args = chunkwise::backward_args(call, plan, workspace)?;
     let sweep_dv = Sweep::of(p.dhhv, p.dhqk);
     let sweep = Sweep::of(p.dhqk, p.dhhv);
-    args.e_tiles = 1;
     args.qk_tiles = params::size("dhqk", qk_tiles(p))?;
     args.boundary_parts = params::size("dhqk", 4 * sweep.units())?;
     args.rho_parts = params::size("dhhv", sweep_dv.blocks())?;
@@ -165,8 +164,14 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
             launch(&format!("backward_dn_{data}"), blocks, dq_maps)?;
         }
         launch(&sweep.kernel("dk", data), blocks * sweep.blocks(), dk_maps)?;
-        device.launch(stream, "gategrad_boundaries", chunks + heads, false, &run.args)?;
-        run.gate_gradients()?;
+        // The path matters where h or the caller depends on m, and only between groups of chunks.
+        let exact = p.gate.has_normalizer() && !p.detach_denominator && p.eps != 0.0;
+        let has_path = p.gate.has_stabilizer() && (exact || t.dm_last.is_some());
+        if has_path && p.s > GROUP_CHUNKS * plan.chunk_size {
+            device.launch(stream, "gategrad_path", heads, true, &args)?;
+        }
+        let groups = args.num_chunks / GROUP_CHUNKS + p.state_rows();
+        device.launch(stream, "gategrad_emit_fast", groups * p.nh, true, &args)?;
         for copy in &copies.after {
             device.launch(stream, "copy_states", heads * p.dhqk, false, copy)?;
         }

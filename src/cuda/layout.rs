@@ -20,7 +20,7 @@ pub(super) const BACKWARD_BYTES: usize = (10 * 64 + 4) * 4;
 const SCORE_BYTES: usize = 64 * 64 * 2;
 
 /// `kGroupChunks`.
-const GROUP_CHUNKS: i64 = 16;
+pub(super) const GROUP_CHUNKS: i64 = 16;
 
 /// Chunk states are padded to tiles of this many rows and columns.
 const TILE: i64 = 64;
@@ -137,7 +137,7 @@ fn carve(
     let units = product(&[sweep.units()]);
     let copies = if p.state_dtype == DType::F32 { 0 } else { 3 };
     let packed_bytes = if backward { BACKWARD_BYTES } else { PACKED_BYTES };
-    let e_tiles = if hopper { 1 } else { e_tiles(p) as usize };
+    let e_tiles = e_tiles(p) as usize;
     Buffers {
         chunks: take(product(&[chunks]), 16, packed),
         first_chunk: take(table, 8, packed),
@@ -158,8 +158,8 @@ fn carve(
         dm: take(tokens, acc, backward),
         q_dq: take(tokens.saturating_mul(qk_tiles(p) as usize), acc, backward),
         k_dk: take(tokens.saturating_mul(qk_tiles(p) as usize), acc, backward),
-        e: take(scalars.saturating_mul(e_tiles), acc, backward),
-        e_first: take(product(&[rows, p.nh]).saturating_mul(e_tiles), acc, backward),
+        e: take(scalars.saturating_mul(e_tiles), acc, generic_backward),
+        e_first: take(product(&[rows, p.nh]).saturating_mul(e_tiles), acc, generic_backward),
         packed: take(scalars, packed_bytes, hopper),
         segment_c: take(parts.saturating_mul(part_c), 4, hopper),
         segment_n: take(parts.saturating_mul(part_n), 4, hopper),
