@@ -122,8 +122,10 @@ struct Scorer {
     const int tile = kTiles == 2 ? half : 0;
     const uint32_t x = block.value(Stages::slot(i), tile), y = block.own(stage, tile);
     float sum = 0.0f;
+    // Beyond the chunk's end others may be at work.
+    const bool inside = t < block.length(chunk);
 #pragma unroll
-    for (int j = 0; j < 4 * kTiles; ++j) {
+    for (int j = 0; inside && j < 4 * kTiles; ++j) {
       // Neighbours take different pieces at a time.
       const uint32_t at = swizzled(0, t, j ^ half << 2);
       const uint4 a = load_shared_16(x + at), b = load_shared_16(y + at);
