@@ -438,14 +438,6 @@ struct BackwardBlock {
   __device__ __forceinline__ int dim_of(int group) const {
     return key0 * 64 + (Shape::kSplit ? group * Shape::kDim / 2 : 0);
   }
-
-  static __device__ __forceinline__ void sync_group(int group) {
-    if (group == 0) {
-      named_sync<1, 128>();
-    } else {
-      named_sync<2, 128>();
-    }
-  }
 };
 
 }  // namespace mlstm
