@@ -165,30 +165,6 @@ struct Sweeper {
     }
   }
 
-  // The second half of the columns of S gives its part of the outputs to the first, which adds it.
-  __device__ __forceinline__ void give(const float (&o)[32], int i) const {
-    if (i > 0) named_sync<kTakenBarrier, 256>();
-    const uint32_t to = block.exchange() + threadIdx.x % 128 * 16;
-#pragma unroll
-    for (int x = 0; x < 8; ++x) {
-      store_shared_4(to + x * 2048, o[4 * x], o[4 * x + 1], o[4 * x + 2], o[4 * x + 3]);
-    }
-    named_arrive<kGivenBarrier, 256>();
-  }
-  __device__ __forceinline__ void take(float (&o)[32], bool more) const {
-    named_sync<kGivenBarrier, 256>();
-    const uint32_t from = block.exchange() + threadIdx.x % 128 * 16;
-#pragma unroll
-    for (int x = 0; x < 8; ++x) {
-      const float4 part = load_shared_4(from + x * 2048);
-      o[4 * x] += part.x;
-      o[4 * x + 1] += part.y;
-      o[4 * x + 2] += part.z;
-      o[4 * x + 3] += part.w;
-    }
-    if (more) named_arrive<kTakenBarrier, 256>();
-  }
-
   // Sums of two lanes: each keeps half of the kHalf * 2 and gives the rest.
   template <int kHalf>
   static __device__ __forceinline__ void halve(float (&sum)[16], int lane, int bit) {
@@ -395,8 +371,8 @@ struct Sweeper {
       }
 
       const bool finishes = !Shape::kSplit || group == 0;
-      if (Shape::kSplit && group == 1) give(o, i);
-      if (Shape::kSplit && finishes) take(o, i + 1 < count);
+      if (Shape::kSplit && group == 1) give_outputs(o, i, block.exchange());
+      if (Shape::kSplit && finishes) take_outputs(o, i + 1 < count, block.exchange());
       if (finishes) add_scores(o, i);
       pin<32 * Shape::kStateSlabs>(c);
       update_all(c, i, g);

@@ -234,30 +234,6 @@ struct Outputs {
     }
   }
 
-  // The second half of DHQK gives its part of the outputs to the first, which adds it.
-  __device__ __forceinline__ void give(const float (&o)[32], int i) const {
-    if (i > 0) named_sync<kTakenBarrier, 256>();
-    const uint32_t to = block.exchange() + threadIdx.x % 128 * 16;
-#pragma unroll
-    for (int x = 0; x < 8; ++x) {
-      store_shared_4(to + x * 2048, o[4 * x], o[4 * x + 1], o[4 * x + 2], o[4 * x + 3]);
-    }
-    named_arrive<kGivenBarrier, 256>();
-  }
-  __device__ __forceinline__ void take(float (&o)[32], bool more) const {
-    named_sync<kGivenBarrier, 256>();
-    const uint32_t from = block.exchange() + threadIdx.x % 128 * 16;
-#pragma unroll
-    for (int x = 0; x < 8; ++x) {
-      const float4 part = load_shared_4(from + x * 2048);
-      o[4 * x] += part.x;
-      o[4 * x + 1] += part.y;
-      o[4 * x + 2] += part.z;
-      o[4 * x + 3] += part.w;
-    }
-    if (more) named_arrive<kTakenBarrier, 256>();
-  }
-
   // h of one chunk through shared memory, and N.
   __device__ __forceinline__ void put(const float (&o)[32], int i, bool writes_n) const {
     const int tid = opaque(static_cast<int>(threadIdx.x % 128));
@@ -321,13 +297,13 @@ struct Outputs {
       scale_queries(o, vectors + kWeightAt, lane);
       const uint32_t keys = block.key(stage) + block.dim_of(group) / 64 * kKeyTileBytes;
       if (Shape::kSplit && group == 1) {
-        give(o, i);
+        give_outputs(o, i, block.exchange());
         wgmma_fence();
         update_state<T, Shape>(c, a, keys);
         // All of the warpgroup has read the vectors and values, as the other knows after put.
         block.sync_group(group);
       } else {
-        if (Shape::kSplit) take(o, i + 1 < count);
+        if (Shape::kSplit) take_outputs(o, i + 1 < count, block.exchange());
         barrier_wait(block.bar(kScoreFull, i & 1), i >> 1 & 1);
         pin<32>(o);
         pin<32 * Shape::kStateSlabs>(c);

@@ -133,6 +133,31 @@ __device__ __forceinline__ void update_state(typename Shape::State& c, uint32_t 
   wgmma_commit();
 }
 
+// Where two warpgroups hold halves of a state's columns, the second gives its part of a chunk's outputs
+// (the i-th) through shared memory to the first, which adds it.
+__device__ __forceinline__ void give_outputs(const float (&o)[32], int i, uint32_t exchange) {
+  if (i > 0) named_sync<kTakenBarrier, 256>();
+  const uint32_t to = exchange + threadIdx.x % 128 * 16;
+#pragma unroll
+  for (int x = 0; x < 8; ++x) {
+    store_shared_4(to + x * 2048, o[4 * x], o[4 * x + 1], o[4 * x + 2], o[4 * x + 3]);
+  }
+  named_arrive<kGivenBarrier, 256>();
+}
+__device__ __forceinline__ void take_outputs(float (&o)[32], bool more, uint32_t exchange) {
+  named_sync<kGivenBarrier, 256>();
+  const uint32_t from = exchange + threadIdx.x % 128 * 16;
+#pragma unroll
+  for (int x = 0; x < 8; ++x) {
+    const float4 part = load_shared_4(from + x * 2048);
+    o[4 * x] += part.x;
+    o[4 * x + 1] += part.y;
+    o[4 * x + 2] += part.z;
+    o[4 * x + 3] += part.w;
+  }
+  if (more) named_arrive<kTakenBarrier, 256>();
+}
+
 template <typename T, typename Shape>
 struct Block {
   const HopperArgs& hopper;
