@@ -75,8 +75,8 @@ constexpr double kNear = -256.0;
 // inv; the sign of delta / rho (0 where delta is 0); row + log2(s inv); col, in the order of columns; a
 // and w s inv, in the order of columns; g and, as an integer, the length of a chunk that the next
 // sequence's tokens follow, else 64; col; row + log2(s inv), in the order of columns; w delta, in the
-// order of columns; delta, in the order of columns. Beyond the chunk's end all are 0 but col and row, which
-// are kNever. Byte offsets:
+// order of columns; delta, in the order of columns. Beyond the chunk's end all are 0 but col and row,
+// which are kNever. Byte offsets:
 constexpr int kInvAt = 0;
 constexpr int kSignAt = 256;
 constexpr int kQueryRowAt = 512;
@@ -200,7 +200,7 @@ struct Args {
   float* segment_n;      // n
   float* segment_g;      // product of g
   // Hopper backward only; the segments' states are two then, C's and dC's, plain [DHQK][DHHV].
-  void* scores;       // for split states (backward_sm90.cuh), G as [chunk_index][64 queries][64 keys] of the data's type
+  void* scores;       // for split states (backward_sm90.cuh): G as [chunk_index][64 queries][64 keys]
   float* rho;         // [chunk_index][rho_parts][64]: parts of dh.h
   void* boundary_c;   // [boundary_slot][NH] of C as bf16, padded and in the order of registers
   float* boundary_n;  // [boundary_slot][NH] of n, padded

@@ -133,17 +133,19 @@ fn hopper_kernels_take_what_they_are_made_for() {
 #[test]
 fn long_sequences_of_few_heads_are_cut_in_segments() {
     let hopper = Capabilities { has_cuda: true, hopper: true };
-    let segments = |b: i64, nh: i64, s: i64| {
+    let segments_of = |op: Op, b: i64, nh: i64, s: i64| {
         let (device, dtype) = (Device::Cuda, DType::Bf16);
         let spec =
             ProblemSpec { device, dtype, b, nh, s, dhqk: 256, dhhv: 512, ..ProblemSpec::default() };
-        let problem = spec.validate(Op::ChunkwiseFw).unwrap();
-        plan(Op::ChunkwiseFw, &problem, hopper).unwrap().segments
+        plan(op, &spec.validate(op).unwrap(), hopper).unwrap().segments
     };
+    let segments = |b: i64, nh: i64, s: i64| segments_of(Op::ChunkwiseFw, b, nh, s);
     assert_eq!(segments(8, 8, 8192), 1, "the machine is full as it is");
     assert_eq!(segments(1, 8, 65536), 4, "32 blocks of 132 multiprocessors");
     assert_eq!(segments(1, 8, 1024), 1, "too short to cut");
     assert!(segments(1, 1, 65536) > 4);
+    assert_eq!(segments_of(Op::ChunkwiseBw, 8, 8, 8192), 1);
+    assert_eq!(segments_of(Op::ChunkwiseBw, 1, 8, 65536), 4, "four slices of DHQK per head");
 }
 
 #[test]

@@ -172,8 +172,9 @@ def test_agrees_with_the_generic_engine():
     got, wanted = (x.run("cuda", inputs) for x in (case, other))
     for name, reference in wanted.items():
         error = (got[name].double() - reference.double()).norm() / reference.double().norm()
-        # Of the forget gates' gradients both have their own rounding, of sums that nearly cancel.
-        assert error < (2.5e-2 if name in ("df", "dm_initial") else 1e-2), name
+        # Gradients add up more roundings; those of the forget gates are sums that nearly cancel.
+        limit = 2.5e-2 if name in ("df", "dm_initial") else 1e-2 if name[0] == "d" else 6e-3
+        assert error < limit, name
         both = "both ran on the same engine"
         assert not (name in ("h", "dq", "dk", "dv") and error == 0), both
 
