@@ -256,7 +256,7 @@ struct BackwardBlock {
       }
       for (int i = 0; i < 3; ++i) {
         barrier_init(bar(kKeysFull, i), 1);
-        barrier_init(bar(kKeysEmpty, i), kFinal + kScored);
+        barrier_init(bar(kKeysEmpty, i), Shape::kOutputs ? kFinal + kScored : 4 * Shape::kWgs);
         barrier_init(bar(kValuesFull, i), 1);
         barrier_init(bar(kValuesEmpty, i), 4 * (Shape::kWgs + kScored));
         barrier_init(bar(kDeltasFull, i), 1);

@@ -280,7 +280,6 @@ struct Sweeper {
     const Ends<T, Shape> ends{block, group};
     State c;
     ends.start(c);
-    const bool leader = threadIdx.x % 128 == 0;
     const int lane = threadIdx.x & 31;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
     float factor = 1.0f, sum[2] = {0.0f, 0.0f};
@@ -321,7 +320,9 @@ struct Sweeper {
       if (i + 1 < block.count) begin(i + 1);
       wgmma_wait<0>();
       pin<32 * Shape::kStateSlabs>(c);
-      if (leader) barrier_arrive(block.bar(kKeysEmpty, Units::slot(i)));
+      // By each warp: where nothing counts any more, no product keeps a warpgroup together.
+      __syncwarp();
+      if (lane == 0) barrier_arrive(block.bar(kKeysEmpty, Units::slot(i)));
     }
     if constexpr (kHasVector) {
       const float e[2] = {quad_sum(sum[0]), quad_sum(sum[1])};
