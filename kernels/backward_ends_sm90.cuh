@@ -32,13 +32,19 @@ struct Ends {
     return block.column_of(group) < (Shape::kAlongQk ? args.dhqk : args.dhhv) &&
            block.dim_of(group) + h * 32 < (Shape::kAlongQk ? args.dhhv : args.dhqk);
   }
-  // The thread's elements of a part of a matrix like C, `stride` between rows of DHQK.
-  __device__ __forceinline__ int64_t element(int h, int x, int64_t stride) const {
-    const int r = first_row() + (x & 2) * 4, y = first_column(h) + (x >> 2) * 8 + (x & 1);
-    return Shape::kAlongQk ? r * stride + y : y * stride + r;
+  // Where the thread's first element of a part of a matrix like C is, `stride` between rows of DHQK, and
+  // how far from it the element of register x.
+  __device__ __forceinline__ int64_t first_element(int h, int64_t stride) const {
+    return place(first_row(), first_column(h), stride);
+  }
+  static __device__ __forceinline__ int64_t distance(int x, int64_t stride) {
+    return place((x & 2) * 4, (x >> 2) * 8 + (x & 1), stride);
+  }
+  static __device__ __forceinline__ int64_t place(int row, int column, int64_t stride) {
+    return Shape::kAlongQk ? row * stride + column : column * stride + row;
   }
 
-  // ---- segments' own states, plain: [2: C, dC][R][NH][segments - 1] of [DHQK][DHHV], [DHQK], 1
+  // ---- segments' own states (Args::segment_c)
 
   __device__ __forceinline__ int64_t segment_index(int j) const {
     const Args& args = block.args;
@@ -52,7 +58,7 @@ struct Ends {
     return block.args.segment_n + segment_index(j) * block.args.dhqk;
   }
 
-  // Calls f(C, its stride, n, g) for the state given, if any, and for the states of the segments that
+  // Calls f(C or null, its stride, n or null, g) for the state given, if any, and for the states of the segments that
   // the sweep passes before the block's own, in order. Given states are in float.
   template <typename F>
   __device__ __forceinline__ void each_before(F f) const {
@@ -98,18 +104,19 @@ struct Ends {
   }
 
   __device__ __forceinline__ void gather(State& c, float (&e)[2]) const {
-    // By parts, for the loads in flight take registers too.
+    // By slabs, for the loads in flight take registers too.
 #pragma unroll
-    for (int h = 0; h < kParts; ++h) {
+    for (int h = 0; h < kParts; h += 2) {
       if (!inside(h)) continue;
       each_before([&](const float* state, int64_t stride, const float*, float g) {
-        float add[16];
+        float add[32] = {};
+        if (state != nullptr) {
+          const float* own = state + first_element(h, stride);
 #pragma unroll
-        for (int x = 0; x < 16; ++x) {
-          add[x] = state != nullptr ? state[element(h, x, stride)] : 0.0f;
+          for (int x = 0; x < 32; ++x) add[x] = own[distance(x, stride)];
         }
 #pragma unroll
-        for (int x = 0; x < 16; ++x) {
+        for (int x = 0; x < 32; ++x) {
           c[16 * h + x] = (g == 0.0f ? 0.0f : c[16 * h + x] * g) + add[x];
         }
       });
@@ -130,8 +137,9 @@ struct Ends {
 #pragma unroll
     for (int h = 0; h < kParts; ++h) {
       if (!inside(h)) continue;
+      float* own = state + first_element(h, stride);
 #pragma unroll
-      for (int x = 0; x < 16; ++x) state[element(h, x, stride)] = c[16 * h + x];
+      for (int x = 0; x < 16; ++x) own[distance(x, stride)] = c[16 * h + x];
     }
   }
   __device__ __forceinline__ void keep_vector(float* n) const {
@@ -143,7 +151,17 @@ struct Ends {
   // Leaves what the block's segment adds.
   __device__ __forceinline__ void keep_segment(const State& c, float decay) const {
     const int j = block.segment - (Shape::kReverse ? 1 : 0);
-    keep(c, segment_state(j), block.args.dhhv);
+    const int64_t stride = block.args.dhhv;
+#pragma unroll
+    for (int h = 0; h < kParts; ++h) {
+      if (!inside(h)) continue;
+      float* own = segment_state(j) + first_element(h, stride);
+#pragma unroll
+      for (int x = 0; x < 16; x += 2) {
+        *reinterpret_cast<float2*>(own + distance(x, stride)) =
+            make_float2(c[16 * h + x], c[16 * h + x + 1]);
+      }
+    }
     if (Shape::kSweep == Sweep::kC && block.key0 == 0) keep_vector(segment_vector(j));
     if (block.slab0 == 0 && block.key0 == 0 && group == 0 && threadIdx.x % 128 == 0) {
       block.args.segment_g[segment_index(j)] = decay;

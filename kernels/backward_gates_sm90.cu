@@ -66,8 +66,8 @@ __device__ __forceinline__ void pack_backward(const Args& args) {
     if (!inside || x.step[j] == 0.0f || x.m[j] == -INFINITY) follows |= 1u << j;
   }
   if (lane < 4) {
-    const float length = __int_as_float(args.chunks != nullptr ? chunk.len : 64);
-    packed[kSweepDecayAt / 4 + lane] = lane == 0 ? exp2f(x.total) : lane == 1 ? length : 0.0f;
+    packed[kSweepDecayAt / 4 + lane] =
+        lane == 0 ? exp2f(x.total) : lane == 1 ? sweep_length(args, chunk) : 0.0f;
   }
   const int place = lane % 16 * 2;
   const bool low = lane < 16;

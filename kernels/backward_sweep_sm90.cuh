@@ -23,7 +23,7 @@ struct Sweeper {
   static constexpr int kTakeAt = Shape::kReverse ? kWsiAt : kSourceAt;
   static constexpr int kTakeVectorAt = Shape::kReverse ? kWDeltaAt : kSourceAt;
 
-  // dn of segments is made by backward_segments_sm90.cu, after delta.
+  // dn of segments is made by segments_sm90.cu, after delta.
   static constexpr bool kHasVector = Shape::kAlongQk && Shape::kSweep != Sweep::kDc;
 
   // A (64 columns of v' as rows x 16 tokens) of c v'; its row sums with b in place of c go to `sum`.

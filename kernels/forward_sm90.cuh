@@ -14,9 +14,8 @@
 // digits), fills rows 64 and 65 of each k tile. Its new terms sum_y a_y k_y are a product too, with
 // a in two such numbers.
 //
-// Segments run side by side: segment_states (segments_sm90.cu) leaves the states that each one adds
-// from zero, in the frame of its end, and a block puts together what the segments before its own
-// leave behind.
+// Segments run side by side: segments_sm90.cu leaves the states that each one adds from zero, in the
+// frame of its end, and a block puts together what the segments before its own leave behind.
 #pragma once
 
 #include "overlap.cuh"

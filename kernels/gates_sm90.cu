@@ -50,12 +50,12 @@ __device__ __forceinline__ void store_vectors(const Args& args, const LanePair& 
     bool inside = j < pair.count;
     packed.vector[0][column] = inside ? exp2f(x.phi[j]) : 0.0f;
     float a = inside ? fast_input(x, j) : 0.0f;
-    packed.vector[1][column] = a;
+    packed.vector[3][column] = a;
     T high = static_cast<T>(a);
     packed.split[0][t] = high;
     packed.split[1][t ^ 8] = static_cast<T>(a - static_cast<float>(high));
-    packed.vector[2][t] = inside ? x.phi[j] : 0.0f;
-    packed.vector[3][column] = inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
+    packed.vector[1][t] = inside ? x.phi[j] : 0.0f;
+    packed.vector[2][column] = inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
     packed.vector[4][t] =
         inside && exponential ? exp2f(-static_cast<float>(kLog2E) * x.m[j]) : 1.0f;
     packed.m[t] = x.m[j];
@@ -75,7 +75,10 @@ __device__ __forceinline__ void store_vectors(const Args& args, const LanePair& 
       if (t < pair.chunk.len) m_out[t * args.m.stride_s] = packed.m[t];
     }
   }
-  if (lane == 0) out[kPackedDecay] = exp2f(x.total);
+  if (lane == 0) {
+    out[kPackedDecay] = exp2f(x.total);
+    out[kPackedDecay + 1] = sweep_length(args, pair.chunk);
+  }
 }
 static_assert(kPackedDecay % 128 == 0 && kPackedFloats % 4 == 0, "stored by 16 bytes per lane");
 

@@ -163,6 +163,11 @@ __device__ __forceinline__ float fast_input(const FastVectors& x, int j) {
   return exp2f(fminf(x.total - x.phi[j], 0.0f) + x.source[j]);
 }
 
+// As it stands among a chunk's vectors, at kSweepLengthAt.
+__device__ __forceinline__ float sweep_length(const Args& args, const Chunk& chunk) {
+  return __int_as_float(args.chunks != nullptr ? chunk.len : 64);
+}
+
 // Of a chunk's tokens in the Hopper backward, a bit each, after its packing in place of chunk_gates[2]
 // and [3]: .x and .y whether the token forgets the state, .z and .w whether m follows the forget gate,
 // as it does beyond the chunk's end.

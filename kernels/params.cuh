@@ -62,10 +62,10 @@ constexpr int kMaxChunk = 128;
 
 // The Hopper kernels take chunks of 64 tokens and their vectors in one piece per chunk and head,
 // `packed`: a as the sum of two numbers of the data's type, two rows of 64, the second with its
-// 16-byte pieces swapped in pairs (wgmma_sm90.cuh); in float w, a, row, col and floor, hi alone of
-// row and col (with kNear for kNever it has digits enough for 16-bit data); and g. Beyond the chunk's
-// end w = a = 0, row = 0, col = kNever, floor = 1. w, a and col stand in the order of columns
-// (column_order).
+// 16-byte pieces swapped in pairs (wgmma_sm90.cuh); in float w, row, col, a and floor, hi alone of
+// row and col (with kNear for kNever it has digits enough for 16-bit data); g and the length, which with
+// a lie where the backward has them. Beyond the chunk's end w = a = 0, row = 0, col = kNever,
+// floor = 1. w, a and col stand in the order of columns (column_order).
 constexpr int kPackedVectors = 64;                     // where the vectors start, in floats
 constexpr int kPackedDecay = kPackedVectors + 5 * 64;  // where g is
 constexpr int kPackedFloats = kPackedDecay + 4;
@@ -193,13 +193,13 @@ struct Args {
   void* e_first;    // [R * NH][e_tiles] Acc: partial sums of <dC_0, C_0> + <dn_0, n_0>
 
   // Hopper kernels only. A sequence's chunks are cut in `segments` parts that run side by side; what
-  // each but the last adds to the state, from zero and in the frame of its end:
-  // [R][NH][segments - 1] of
+  // each but the last adds to the state, from zero and in the frame of its end, and for the backward
+  // what each but the first adds to dC: [2: C, dC][R][NH][segments - 1] of
   float* packed;         // [chunk_index][kPackedFloats], the backward's [chunk_index][kBackwardFloats]
-  float* segment_c;      // C, padded to [64-column groups of DHHV], in the order of registers
+  float* segment_c;      // C
   float* segment_n;      // n
   float* segment_g;      // product of g
-  // Hopper backward only; the segments' states are two then, C's and dC's, plain [DHQK][DHHV].
+  // Hopper backward only.
   void* scores;       // for split states (backward_sm90.cuh): G as [chunk_index][64 queries][64 keys]
   float* rho;         // [chunk_index][rho_parts][64]: parts of dh.h
   void* boundary_c;   // [boundary_slot][NH] of C as bf16, padded and in the order of registers
@@ -207,6 +207,7 @@ struct Args {
   float* boundary_e;  // [boundary_slot][NH][boundary_parts]: parts of <dC, C> + <dn, n>
   float* state_copies;  // of 16-bit states: [3: c_initial, dc_last, dc_initial][R][NH][DHQK][DHHV]
   int32_t segments;      // at least 1
+  int32_t group_chunks;  // chunks that no segment cuts apart: 1, the backward's kGroupChunks
   int32_t boundary_parts;
   int32_t rho_parts;
 };
@@ -250,10 +251,10 @@ __device__ __forceinline__ int64_t chunk_index(const Args& args, int64_t c, int 
   return c * args.nh + h;
 }
 
-// Chunks in each segment of a sequence, for the backward: no boundary within a group.
+// Chunks in each segment of a sequence.
 __device__ __forceinline__ int chunks_per_segment(const Args& args, int chunks) {
-  const int groups = (chunks + kGroupChunks - 1) / kGroupChunks;
-  return max(1, (groups + args.segments - 1) / args.segments) * kGroupChunks;
+  const int groups = (chunks + args.group_chunks - 1) / args.group_chunks;
+  return max(1, (groups + args.segments - 1) / args.segments) * args.group_chunks;
 }
 
 // Of a boundary of a row whose first chunk is given; a row has one more than groups.

@@ -19,22 +19,21 @@ struct HopperArgs {
 // Parts of a chunk's vectors in shared memory, byte offsets; params.cuh has their meaning. They
 // start with the two rows of a, as a tile whose other rows do not matter.
 constexpr int kWeightAt = kPackedVectors * 4;  // w, in the order of columns
-constexpr int kInputAt = kWeightAt + 256;      // a, in the order of columns
-constexpr int kRowAt = kInputAt + 256;         // row
+constexpr int kRowAt = kWeightAt + 256;        // row
 constexpr int kColAt = kRowAt + 256;           // col, in the order of columns
-constexpr int kFloorAt = kColAt + 256;         // floor
+constexpr int kInputAt = kColAt + 256;         // a, in the order of columns
+constexpr int kFloorAt = kInputAt + 256;       // floor
 constexpr int kDecayAt = kPackedDecay * 4;     // g
 constexpr int kVectorStage = 2048;
+static_assert(kInputAt == kSourceAt && kDecayAt == kSweepDecayAt, "what segments' states need");
 
 constexpr int kTileBytes = 64 * 128;     // 64 tokens x 64 dims of 16 bits
 constexpr int kKeyTileBytes = 72 * 128;  // the same and 8 rows more, for n
 
 // DHQK up to 64 kSlabs. The state warpgroups hold 64 columns of DHHV each, or, where DHQK is too
-// large for one's registers (kSplit), a half each of DHQK for the same 64 columns. kOutputs: with
-// queries, scores and outputs.
-template <int kSlabs_, int kWgs_, bool kOutputs_ = true>
+// large for one's registers (kSplit), a half each of DHQK for the same 64 columns.
+template <int kSlabs_, int kWgs_>
 struct HopperShape {
-  static constexpr bool kOutputs = kOutputs_;
   static constexpr int kSlabs = kSlabs_;
   static constexpr int kWgs = kWgs_;
   static constexpr int kDim = 64 * kSlabs;
@@ -50,11 +49,11 @@ struct HopperShape {
   static constexpr int kScoreRegisters = 72;
 
   // Chunks on their way: of large states there is room for two.
-  static constexpr int kStages = kSplit ? 1 : (!kOutputs ? 4 : (kSlabs == 4 ? 2 : 5 - kSlabs));
+  static constexpr int kStages = kSplit ? 1 : (kSlabs == 4 ? 2 : 5 - kSlabs);
   static __device__ __forceinline__ int stage(int i) { return i % kStages; }
   static __device__ __forceinline__ uint32_t phase(int i) { return i / kStages & 1; }
 
-  static constexpr int kQueryBytes = kOutputs ? kSlabs * kTileBytes : 0;
+  static constexpr int kQueryBytes = kSlabs * kTileBytes;
   static constexpr int kKeyBytes = kSlabs * kKeyTileBytes;
   static constexpr int kValueBytes = kColumns / 64 * kTileBytes;
 
@@ -62,9 +61,9 @@ struct HopperShape {
   static constexpr int kKeyAt = kQueryAt + kStages * kQueryBytes;
   static constexpr int kValueAt = kKeyAt + kStages * kKeyBytes;
   static constexpr int kScoreAt = kValueAt + kStages * kValueBytes;
-  static constexpr int kOutputAt = kScoreAt + (kOutputs ? 2 * kTileBytes : 0);
+  static constexpr int kOutputAt = kScoreAt + 2 * kTileBytes;
   // Partial outputs of the second half of DHQK, in float.
-  static constexpr int kExchangeAt = kOutputAt + (kOutputs ? kWgs * kTileBytes : 0);
+  static constexpr int kExchangeAt = kOutputAt + kWgs * kTileBytes;
   static constexpr int kVectorAt = kExchangeAt + (kSplit ? 2 * kTileBytes : 0);
   static constexpr int kDenAt = kVectorAt + kStages * kVectorStage;
   static constexpr int kSumAt = kDenAt + 2 * 256;
@@ -81,7 +80,6 @@ struct HopperShape {
   MACRO(NAME##_128x64, T, 2, 1)             \
   MACRO(NAME##_128x128, T, 2, 2)            \
   MACRO(NAME##_256x128, T, 4, 2)
-// Of the forward alone.
 #define MLSTM_HOPPER_SPLIT(MACRO, NAME, T) MACRO(NAME##_512x64, T, 8, 2)
 
 // Barriers, one for each stage; of the scores there are always two.
@@ -177,10 +175,8 @@ struct Block {
     const uint32_t slices = div_up(args.dhhv, Shape::kColumns);
     slab0 = static_cast<int>(id % slices) * (Shape::kColumns / 64);
     id /= slices;
-    // The kernel of the segments' own states leaves out the last one.
-    const uint32_t segments = args.segments - (Shape::kOutputs ? 0 : 1);
-    segment = id % segments;
-    id /= segments;
+    segment = id % args.segments;
+    id /= args.segments;
     head = id % args.nh;
     row = id / args.nh;
     batch = batch_of(args, row);
@@ -189,12 +185,12 @@ struct Block {
   // Its chunks, which the kernel before may have to find first.
   __device__ __forceinline__ void locate() {
     const int64_t begin = first_chunk(args, row);
-    const int64_t chunks = first_chunk(args, row + 1) - begin;
-    const int64_t per = (chunks + args.segments - 1) / args.segments;
-    const int64_t from = min(segment * per, chunks);
-    count = static_cast<int>(min(per, chunks - from));
+    const int chunks = static_cast<int>(first_chunk(args, row + 1) - begin);
+    const int per = chunks_per_segment(args, chunks);
+    const int from = min(segment * per, chunks);
+    count = min(per, chunks - from);
     first = begin + from;
-    token0 = static_cast<int>(from * 64);
+    token0 = from * 64;
     ends = chunks == 0 ? segment == 0 : count > 0 && from + count == chunks;
   }
 
@@ -401,13 +397,8 @@ struct Block {
   __device__ __forceinline__ int64_t segment_index(int j) const {
     return (static_cast<int64_t>(row) * args.nh + head) * (args.segments - 1) + j;
   }
-  __device__ __forceinline__ float4* segment_state(int j, int group) const {
-    const int64_t groups = div_up(args.dhhv, Shape::kColumns) * Shape::kWgs;
-    return reinterpret_cast<float4*>(args.segment_c) +
-           (segment_index(j) * groups + slab0 + group) * (16 * Shape::kDim) + threadIdx.x % 128;
-  }
-  __device__ __forceinline__ float* segment_normalizer(int j) const {
-    return args.segment_n + segment_index(j) * Shape::kDim;
+  __device__ __forceinline__ const float* segment_normalizer(int j) const {
+    return args.segment_n + segment_index(j) * args.dhqk;
   }
   __device__ __forceinline__ float segment_decay(int j) const {
     return args.segment_g[segment_index(j)];
@@ -415,19 +406,18 @@ struct Block {
 
   // The initial state, then what the segments before this one make of it.
   __device__ __forceinline__ void first_normalizer() const {
-#pragma unroll 1
-    for (int slab = 0; slab < Shape::kSlabs; ++slab) {
-      each_dim<1>(slab, [&](int d, int, int) {
-        const bool given = args.n_initial.data != nullptr && d < args.dhqk;
-        float n = given ? at<float>(args.n_initial, row, head, 0)[d] : 0.0f;
-#pragma unroll 1
-        for (int j = 0; j < segment; ++j) {
-          const float g = segment_decay(j);
-          n = (g == 0.0f ? 0.0f : n * g) + segment_normalizer(j)[d];
-        }
-        put_normalizer(d, n, 0);
+    float n[Shape::kSlabs][2] = {};
+    const auto add = [&](const float* from, float g) {
+      // All in flight before the first is needed.
+      each_dim<Shape::kSlabs>(0, [&](int d, int j, int half) {
+        const float own = d < args.dhqk ? from[d] : 0.0f;
+        n[j][half] = (g == 0.0f ? 0.0f : n[j][half] * g) + own;
       });
-    }
+    };
+    if (args.n_initial.data != nullptr) add(at<float>(args.n_initial, row, head, 0), 0.0f);
+#pragma unroll 1
+    for (int j = 0; j < segment; ++j) add(segment_normalizer(j), segment_decay(j));
+    each_dim<Shape::kSlabs>(0, [&](int d, int j, int half) { put_normalizer(d, n[j][half], 0); });
   }
   __device__ __forceinline__ void last_normalizer() const {
     if (!ends || !is_first_slice() || args.n_last.data == nullptr) return;
@@ -443,45 +433,34 @@ struct Block {
 #pragma unroll
     for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] = 0.0f;
     if (args.c_initial.data != nullptr) move_state<true>(c, args.c_initial, group);
-    // By parts, for the loads in flight take registers too.
+    const int thread = threadIdx.x % 128;
+    const int column = column_of(group), row = (thread >> 5) * 16 + (thread >> 2 & 7);
+    // By slabs, for the loads in flight take registers too.
 #pragma unroll
-    for (int h = 0; h < 2 * Shape::kStateSlabs; ++h) {
+    for (int slab = 0; slab < Shape::kStateSlabs; ++slab) {
+      const int d = dim_of(group) + slab * 64;
+      if (column >= args.dhhv || d >= args.dhqk) continue;
 #pragma unroll 1
       for (int j = 0; j < segment; ++j) {
         const float g = segment_decay(j);
-        const float4* own = segment_state(j, group) + h * 512;
+        const float* own = args.segment_c +
+                           (segment_index(j) * args.dhqk + d + (thread & 3) * 2) * args.dhhv +
+                           column + row;
+        float add[32];
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const float4 add = own[x * 128];
-          float* to = c + 16 * h + 4 * x;
-          to[0] = (g == 0.0f ? 0.0f : to[0] * g) + add.x;
-          to[1] = (g == 0.0f ? 0.0f : to[1] * g) + add.y;
-          to[2] = (g == 0.0f ? 0.0f : to[2] * g) + add.z;
-          to[3] = (g == 0.0f ? 0.0f : to[3] * g) + add.w;
+        for (int x = 0; x < 32; ++x) {
+          add[x] = own[((x >> 2) * 8 + (x & 1)) * static_cast<int64_t>(args.dhhv) + (x & 2) * 4];
+        }
+#pragma unroll
+        for (int x = 0; x < 32; ++x) {
+          float& to = c[32 * slab + x];
+          to = (g == 0.0f ? 0.0f : to * g) + add[x];
         }
       }
     }
   }
-  // In place, which the compiler would not do by itself. A decay of zero forgets, NaN included.
-  static __device__ __forceinline__ void decay_state(typename Shape::State& c, float g) {
-#pragma unroll
-    for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) {
-      asm volatile("mul.f32 %0, %0, %1;" : "+f"(c[x]) : "f"(g));
-    }
-    if (g == 0.0f) {
-#pragma unroll
-      for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] = 0.0f;
-    }
-  }
   __device__ __forceinline__ void last_state(typename Shape::State& c, int group) const {
     if (ends && args.c_last.data != nullptr) move_state<false>(c, args.c_last, group);
-  }
-  __device__ __forceinline__ void keep_segment(const typename Shape::State& c, int group) const {
-    float4* to = segment_state(segment, group);
-#pragma unroll
-    for (int x = 0; x < 8 * Shape::kStateSlabs; ++x) {
-      to[x * 128] = make_float4(c[4 * x], c[4 * x + 1], c[4 * x + 2], c[4 * x + 3]);
-    }
   }
 
   // A state warpgroup's first column of DHHV and first row of C.

@@ -135,33 +135,38 @@ pub(crate) const fn hopper_rows(rows: i64, columns: i64) -> i64 {
 
 /// How many parts to cut sequences into. A multiprocessor runs one block at a time; a block takes
 /// its chunks one after another, and with more than one part each but the last is first run for its
-/// state alone, which is taken to cost two fifths, and a kernel of its own the time of two chunks. (At
-/// B 1, S 65536 on an H200 it was 0.34 ms beside 0.76 for all the rest.)
+/// state alone. Costs are in fifths of a chunk's time, as measured for the forward on an H200 (DHQK
+/// 256: 3 us for a chunk, 0.6 for its state alone, 15 for a kernel of such, 2.7 for each state that
+/// the last part begins with); those of the backward are alike.
 fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> i64 {
     const MULTIPROCESSORS: i64 = 132;
-    const EXTRA_KERNEL: i64 = 10;
-    const FEWEST_CHUNKS: i64 = 16;
+    const CHUNK: i64 = 5;
+    const STATE: i64 = 1;
+    const STATES_KERNEL: i64 = 20;
+    const STATE_BEFORE: i64 = 4;
     let ceil = |a: i64, b: i64| (a + b - 1) / b;
     let p = problem;
     let chunks = ceil(num_chunks, p.num_seqs.unwrap_or(1));
     // Of the backward, its sweeps for dq and dk count.
     let backward = matches!(op, Op::ChunkwiseBw | Op::ParallelBw);
     let (rows, columns) = if backward { (p.dhqk, p.dhhv) } else { (p.dhhv, p.dhqk) };
+    // The backward's parts consist of whole groups of chunks; with less DHQK a chunk takes less time.
+    let fewest = if backward || p.dhqk <= 128 { 16 } else { 4 };
     let blocks = p.state_rows() * p.nh * ceil(rows, hopper_rows(rows, columns));
-    // Thousands of blocks fill the machine as they are, and their product must not overflow. For the
-    // forward's largest DHQK there is no kernel of segments.
-    if blocks > 4 * MULTIPROCESSORS || (!backward && p.dhqk > 256) {
+    // Thousands of blocks fill the machine as they are, and their product must not overflow.
+    if blocks > 4 * MULTIPROCESSORS {
         return 1;
     }
     let cost = |segments: i64| {
         let each = ceil(chunks, segments);
-        let main = ceil(blocks * segments, MULTIPROCESSORS) * each * 5;
-        let states = ceil(blocks * (segments - 1), MULTIPROCESSORS) * each * 2;
-        main + states + if segments > 1 { EXTRA_KERNEL } else { 0 }
+        let main = ceil(blocks * segments, MULTIPROCESSORS) * each * CHUNK;
+        let states = ceil(blocks * (segments - 1), MULTIPROCESSORS) * each * STATE;
+        let extra = if segments > 1 { STATES_KERNEL } else { 0 } + (segments - 1) * STATE_BEFORE;
+        main + states + extra
     };
     (0..7)
         .map(|exponent| 1 << exponent)
-        .take_while(|&segments| segments == 1 || chunks >= segments * FEWEST_CHUNKS)
+        .take_while(|&segments| segments == 1 || chunks >= segments * fewest)
         .min_by_key(|&segments| cost(segments))
         .unwrap_or(1)
 }

@@ -142,7 +142,8 @@ fn long_sequences_of_few_heads_are_cut_in_segments() {
     let segments = |b: i64, nh: i64, s: i64| segments_of(Op::ChunkwiseFw, b, nh, s);
     assert_eq!(segments(8, 8, 8192), 1, "the machine is full as it is");
     assert_eq!(segments(1, 8, 65536), 4, "32 blocks of 132 multiprocessors");
-    assert_eq!(segments(1, 8, 1024), 1, "too short to cut");
+    assert_eq!(segments(1, 8, 512), 1, "too short to cut");
+    assert_eq!(segments(1, 8, 1024), 4);
     assert!(segments(1, 1, 65536) > 4);
     assert_eq!(segments_of(Op::ChunkwiseBw, 8, 8, 8192), 1);
     assert_eq!(segments_of(Op::ChunkwiseBw, 1, 8, 65536), 4, "four slices of DHQK per head");

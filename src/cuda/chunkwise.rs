@@ -145,6 +145,7 @@ fn common(
         cu_seqlens_wide: i64::from(cu_seqlens.is_some_and(|view| view.dtype == DType::I64)),
         buffers: layout::buffers(p, plan, backward, workspace),
         segments: params::size("segments", plan.segments)?,
+        group_chunks: if backward { layout::GROUP_CHUNKS as i32 } else { 1 },
         boundary_parts: 0,
         rho_parts: 0,
     })

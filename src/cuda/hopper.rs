@@ -4,6 +4,7 @@ use super::chunkwise::{self, Run};
 use super::driver;
 use super::layout::{PACKED_BYTES, ceil_div, padded_dhqk};
 use super::params::HopperArgs;
+use super::sweeps::{self, Vectors};
 use crate::dispatch::{self, Plan};
 use crate::error::Result;
 use crate::ops::Fw;
@@ -17,24 +18,20 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     let (dhqk, columns) = (padded_dhqk(p), dispatch::hopper_columns(p));
     let shape = format!("{}_{dhqk}x{columns}", run.data());
     let blocks = run.heads() * ceil_div(p.dhhv, columns);
+    let count = args.num_chunks * p.nh;
+    let vectors = Vectors { first: args.buffers.packed, pitch: PACKED_BYTES, count };
     let hopper = HopperArgs {
         q: driver::tensor_map(&t.q, dhqk / 64)?,
         k: driver::tensor_map(&t.k, 1)?,
         v: driver::tensor_map(&t.v, columns / 64)?,
         h: driver::tensor_map(&t.h, 1)?,
-        packed: driver::rows_map(
-            args.buffers.packed,
-            run.args.num_chunks * p.nh,
-            PACKED_BYTES,
-            PACKED_BYTES,
-        )?,
+        packed: vectors.map(0..PACKED_BYTES)?,
         args,
     };
     run.device.enqueue(|| {
         gates(&run)?;
         if plan.segments > 1 {
-            let name = format!("hopper_segments_{shape}");
-            run.device.launch(stream, &name, blocks * (plan.segments - 1), true, &hopper)?;
+            sweeps::segment_states(&run, "segments_c", &t.v, &t.k, &vectors)?;
         }
         let name = format!("hopper_forward_{shape}");
         run.device.launch(stream, &name, blocks * plan.segments, true, &hopper)

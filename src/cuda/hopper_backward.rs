@@ -4,58 +4,14 @@ use std::ops::Range;
 
 use super::chunkwise::{self, Run};
 use super::driver;
-use super::layout::{BACKWARD_BYTES, GROUP_CHUNKS, ceil_div, padded, qk_tiles};
+use super::layout::{BACKWARD_BYTES, GROUP_CHUNKS, ceil_div, qk_tiles};
 use super::params::{self, Args, BackwardArgs, CopyArgs, Tensor, TensorMap};
-use crate::dispatch::{self, Plan};
+use super::sweeps::{self, Sweep, Vectors};
+use crate::dispatch::Plan;
 use crate::error::Result;
 use crate::ops::Bw;
 use crate::tensor::{DType, View};
 use crate::workspace::{Stream, Workspace};
-
-/// The tiles of a sweep's state, transposed as its blocks hold it.
-pub(super) struct Sweep {
-    rows: i64,
-    /// Rows of one block.
-    block: i64,
-    /// Columns that kernels are made for.
-    columns: i64,
-}
-
-impl Sweep {
-    /// A state of so many rows, of which each block takes some, and all columns.
-    pub(super) const fn of(rows: i64, columns: i64) -> Self {
-        Self { rows, block: dispatch::hopper_rows(rows, columns), columns: padded(columns) }
-    }
-
-    /// Blocks for one state.
-    pub(super) const fn blocks(&self) -> i64 {
-        ceil_div(self.rows, self.block)
-    }
-
-    /// Whether two warpgroups share the columns.
-    pub(super) const fn is_split(&self) -> bool {
-        self.columns > 256
-    }
-
-    /// Columns of one state warpgroup.
-    const fn unit_columns(&self) -> i64 {
-        if self.is_split() { self.columns / 2 } else { self.columns }
-    }
-
-    /// State warpgroups for one state: each takes 64 rows.
-    pub(super) const fn units(&self) -> i64 {
-        self.blocks() * self.block / 64 * (self.columns / self.unit_columns())
-    }
-
-    /// Bytes of one unit's part of a boundary, in bf16.
-    pub(super) const fn unit_bytes(&self) -> usize {
-        (64 * self.unit_columns() * 2) as usize
-    }
-
-    fn kernel(&self, name: &str, data: &str) -> String {
-        format!("backward_{name}_{data}_{}x{}", self.block, self.columns)
-    }
-}
 
 /// The tensors of one sweep, as q', k' and v' of `kernels/backward_sm90.cuh`.
 struct Tiles<'a> {
@@ -70,15 +26,13 @@ struct Tiles<'a> {
 struct Records {
     scores: TensorMap,
     rho: TensorMap,
-    vectors: *mut u8,
-    count: i64,
+    vectors: Vectors,
 }
 
 /// Bytes of a chunk's vectors that a sweep needs: `kVectorFrom` to `kVectorTo`.
 const DV_VECTORS: Range<usize> = 1024..2064;
 const DQ_VECTORS: Range<usize> = 0..1552;
 const DK_VECTORS: Range<usize> = 1024..BACKWARD_BYTES;
-const STATE_VECTORS: Range<usize> = 1024..1552;
 
 impl Tiles<'_> {
     fn maps(
@@ -87,15 +41,14 @@ impl Tiles<'_> {
         records: &Records,
         vectors: Range<usize>,
     ) -> Result<[TensorMap; 8]> {
-        let first = records.vectors.wrapping_add(vectors.start);
         Ok([
             driver::tensor_map(self.queries, 1)?,
-            driver::tensor_map(self.keys, sweep.unit_columns() / 64)?,
-            driver::tensor_map(self.values, sweep.block / 64)?,
-            driver::tensor_map(self.own, sweep.block / 64)?,
+            driver::tensor_map(self.keys, sweep.unit_slabs())?,
+            driver::tensor_map(self.values, sweep.block_slabs())?,
+            driver::tensor_map(self.own, sweep.block_slabs())?,
             driver::tensor_map(self.out, 1)?,
             records.scores,
-            driver::rows_map(first, records.count, BACKWARD_BYTES, vectors.len())?,
+            records.vectors.map(vectors)?,
             records.rho,
         ])
     }
@@ -126,8 +79,7 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
     let records = Records {
         scores: driver::tensor_map(&scores, 1)?,
         rho: driver::rows_map(args.buffers.rho, chunks, rho_bytes, rho_bytes)?,
-        vectors: args.buffers.packed,
-        count: chunks,
+        vectors: Vectors { first: args.buffers.packed, pitch: BACKWARD_BYTES, count: chunks },
     };
     // h is not read where it is absent.
     let h = t.h.as_ref().unwrap_or(&t.dh);
@@ -149,21 +101,17 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
         }
         run.gates_by("gates_reduce_fast", "gates_pack_backward")?;
         if plan.segments > 1 {
-            // Blocks without outputs need not hold all columns.
-            let part = Sweep::of(p.dhqk, p.dhhv.min(256));
-            let parts = part.blocks() * ceil_div(p.dhhv, part.columns);
-            let blocks = heads * parts * (plan.segments - 1);
-            launch(&part.kernel("c", data), blocks, dq.maps(&part, &records, STATE_VECTORS)?)?;
-            launch(&part.kernel("dc", data), blocks, dk.maps(&part, &records, STATE_VECTORS)?)?;
+            sweeps::segment_states(&run, "segments_c", &t.v, &t.k, &records.vectors)?;
+            sweeps::segment_states(&run, "segments_dc", &t.dh, &t.q, &records.vectors)?;
         }
         let blocks = heads * plan.segments;
-        launch(&sweep_dv.kernel("dv", data), blocks * sweep_dv.blocks(), dv_maps)?;
-        launch(&sweep.kernel("dq", data), blocks * sweep.blocks(), dq_maps)?;
+        launch(&sweep_dv.kernel("backward_dv", data), blocks * sweep_dv.blocks(), dv_maps)?;
+        launch(&sweep.kernel("backward_dq", data), blocks * sweep.blocks(), dq_maps)?;
         if plan.segments > 1 {
             let blocks = heads * ceil_div(p.dhqk, 64) * (plan.segments - 1);
-            launch(&format!("backward_dn_{data}"), blocks, dq_maps)?;
+            launch(&format!("segments_dn_{data}"), blocks, dq_maps)?;
         }
-        launch(&sweep.kernel("dk", data), blocks * sweep.blocks(), dk_maps)?;
+        launch(&sweep.kernel("backward_dk", data), blocks * sweep.blocks(), dk_maps)?;
         // The path matters where h or the caller depends on m, and only between groups of chunks.
         let exact = p.gate.has_normalizer() && !p.detach_denominator && p.eps != 0.0;
         let has_path = p.gate.has_stabilizer() && (exact || t.dm_last.is_some());

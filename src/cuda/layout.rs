@@ -2,9 +2,9 @@
 
 use std::ptr::null_mut;
 
-use super::hopper_backward::Sweep;
 use super::params::Buffers;
-use crate::dispatch::{self, Engine, Plan};
+use super::sweeps::Sweep;
+use crate::dispatch::{Engine, Plan};
 use crate::error::Result;
 use crate::problem::Problem;
 use crate::tensor::DType;
@@ -123,13 +123,6 @@ fn carve(
     let generic = !hopper;
     let generic_backward = generic && backward;
     let parts = product(&[if backward { 2 } else { 1 }, rows, p.nh, plan.segments - 1]);
-    let (part_c, part_n) = if backward {
-        (product(&[p.dhqk, p.dhhv]), p.dhqk as usize)
-    } else {
-        let columns = dispatch::hopper_columns(p);
-        let part = product(&[ceil_div(p.dhhv, columns) * columns, padded_dhqk(p)]);
-        (part, padded_dhqk(p) as usize)
-    };
     let hopper_backward = hopper && backward;
     let sweep = Sweep::of(p.dhqk, p.dhhv);
     let rho_parts = product(&[Sweep::of(p.dhhv, p.dhqk).blocks()]);
@@ -161,8 +154,8 @@ fn carve(
         e: take(scalars.saturating_mul(e_tiles), acc, generic_backward),
         e_first: take(product(&[rows, p.nh]).saturating_mul(e_tiles), acc, generic_backward),
         packed: take(scalars, packed_bytes, hopper),
-        segment_c: take(parts.saturating_mul(part_c), 4, hopper),
-        segment_n: take(parts.saturating_mul(part_n), 4, hopper),
+        segment_c: take(parts.saturating_mul(product(&[p.dhqk, p.dhhv])), 4, hopper),
+        segment_n: take(parts.saturating_mul(product(&[p.dhqk])), 4, hopper),
         segment_g: take(parts, 4, hopper),
         scores: take(scalars, SCORE_BYTES, hopper_backward && sweep.is_split()),
         rho: take(scalars.saturating_mul(rho_parts), 64 * 4, hopper_backward),

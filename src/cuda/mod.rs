@@ -8,6 +8,7 @@ mod layout;
 mod modules;
 mod params;
 mod step;
+mod sweeps;
 
 pub(crate) use driver::is_hopper;
 pub(crate) use step::step;

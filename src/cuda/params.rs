@@ -97,6 +97,7 @@ pub(super) struct Args {
     pub(super) cu_seqlens_wide: i64,
     pub(super) buffers: Buffers,
     pub(super) segments: i32,
+    pub(super) group_chunks: i32,
     pub(super) boundary_parts: i32,
     pub(super) rho_parts: i32,
 }
