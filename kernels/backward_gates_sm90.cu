@@ -15,56 +15,63 @@ __device__ __forceinline__ void pack_backward(const Args& args) {
   wait_for_previous();
   __shared__ alignas(16) float shared[kWarps][kBackwardFloats];
   float* packed = shared[threadIdx.x / 32];
-  int64_t item;
+  ChunkItem item;
   int lane;
-  if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
-  int64_t c = item / args.nh;
-  int h = static_cast<int>(item % args.nh);
-  const Chunk chunk = chunk_at(args, c);
+  if (!chunk_item(args, &item, &lane)) return;
+  const int64_t c = item.c;
+  const int h = item.h;
+  const Chunk chunk = fast_chunk_at(args, item.c);
   if (chunk.len == 0) return;
   const bool exponential = (args.flags & kExponential) != 0;
   const bool normalize = (args.flags & kNormalize) != 0;
   const bool exact = normalize && (args.flags & kDetach) == 0;
   const float scale = static_cast<float>(args.qk_scale), eps = static_cast<float>(args.eps);
+  const float* n_tokens = at<float>(args.n, batch_of(args, chunk.row), h, chunk.start);
   float n[2] = {};
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const int t = 2 * lane + j;
-    if (normalize && t < chunk.len) {
-      n[j] = at<float>(args.n, batch_of(args, chunk.row), h, chunk.start + t)[0];
-    }
+  for (int j = 0; j < 2 && normalize; ++j) {
+    n[j] = n_tokens[min(2 * lane + j, chunk.len - 1) * args.n.stride_s];
   }
   const float m = chunk_m(args, c, h);
   const LanePair pair = lane_pair(args, chunk, h, lane);
   const FastVectors x = chunk_vectors(args, pair, m, lane);
   // Of each token's state and of m, two bits.
   unsigned resets = 0, follows = 0;
+  float inv[2], sign[2], row[2], col[2], source[2], wsi[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const int t = 2 * lane + j, column = column_order(t);
     const bool inside = j < pair.count;
-    float inv = 1.0f, sign = 0.0f;
+    inv[j] = inside ? 1.0f : 0.0f;
+    sign[j] = 0.0f;
     if (inside && normalize) {
-      const float floor = exponential ? exp2f(-static_cast<float>(kLog2E) * x.m[j]) : 1.0f;
-      inv = reciprocal_approx(fmaxf(fabsf(n[j]), floor) + eps);
-      if (exact && fabsf(n[j]) > floor) sign = n[j] < 0.0f ? 1.0f : -1.0f;
+      const float floor = exponential ? exp2_approx(-static_cast<float>(kLog2E) * x.m[j]) : 1.0f;
+      inv[j] = reciprocal_approx(fmaxf(fabsf(n[j]), floor) + eps);
+      if (exact && fabsf(n[j]) > floor) sign[j] = n[j] < 0.0f ? 1.0f : -1.0f;
     }
-    const float row = inside ? x.phi[j] + __log2f(scale * inv) : static_cast<float>(kNever);
-    const float col = inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
-    packed[kSignAt / 4 + t] = sign;
-    packed[kQueryRowAt / 4 + t] = row;
-    packed[kKeyColumnAt / 4 + column] = col;
-    packed[kSourceAt / 4 + column] = inside ? fast_input(x, j) : 0.0f;
-    packed[kWsiAt / 4 + column] = inside ? exp2f(x.phi[j]) * scale * inv : 0.0f;
-    packed[kKeyRowAt / 4 + t] = col;
-    packed[kQueryColumnAt / 4 + column] = row;
-    packed[kWDeltaAt / 4 + column] = packed[kColumnDeltaAt / 4 + column] = 0.0f;
-    packed[kInvAt / 4 + t] = inside ? inv : 0.0f;
+    row[j] = inside ? x.phi[j] + __log2f(scale * inv[j]) : static_cast<float>(kNever);
+    col[j] = inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
+    source[j] = inside ? fast_input(x, j) : 0.0f;
+    wsi[j] = inside ? exp2_approx(x.phi[j]) * scale * inv[j] : 0.0f;
     // Below it a decay is 0 in float. With m at -inf nothing has been seen, and it stays so.
     constexpr float kForgets = -150.0f;
     if (inside && x.step[j] < kForgets) resets |= 1u << j;
     if (!inside || x.step[j] == 0.0f || x.m[j] == -INFINITY) follows |= 1u << j;
   }
+  const auto put = [&](int vector, int place, const float (&pair)[2]) {
+    *reinterpret_cast<float2*>(packed + vector / 4 + place) = make_float2(pair[0], pair[1]);
+  };
+  constexpr float kZeros[2] = {0.0f, 0.0f};
+  const int t = 2 * lane, column = column_order(t);
+  put(kInvAt, t, inv);
+  put(kSignAt, t, sign);
+  put(kQueryRowAt, t, row);
+  put(kKeyColumnAt, column, col);
+  put(kSourceAt, column, source);
+  put(kWsiAt, column, wsi);
+  put(kKeyRowAt, t, col);
+  put(kQueryColumnAt, column, row);
+  put(kWDeltaAt, column, kZeros);
+  put(kColumnDeltaAt, column, kZeros);
   if (lane < 4) {
     packed[kSweepDecayAt / 4 + lane] =
         lane == 0 ? exp2f(x.total) : lane == 1 ? sweep_length(args, chunk) : 0.0f;

@@ -120,9 +120,31 @@ __device__ __forceinline__ void scan(const Args& args) {
   if (!warp_item(static_cast<int64_t>(args.rows) * args.nh, &item, &lane)) return;
   int row = static_cast<int>(item / args.nh);
   int h = static_cast<int>(item % args.nh);
-  double m = scan_row<Acc, 8>(args, row, h, lane, [&](int64_t c, double before) {
-    chunk_gates(args, c, h)[2] = before;
-  });
+  constexpr int kChunks = 8;
+  int64_t end = first_chunk(args, row + 1);
+  const auto load = [&](MaxPlus(&chunks)[kChunks], int64_t first) {
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      chunks[j] = no_tokens();
+      if (first + j >= end) continue;
+      const double* gates = chunk_gates(args, first + j, h);
+      chunks[j] = {__ldcg(gates), __ldcg(gates + 1)};
+    }
+  };
+  int64_t first = first_chunk(args, row) + lane * kChunks;
+  double m = initial_m(args, row, h, acc_dtype<Acc>());
+  MaxPlus next[kChunks];
+  load(next, first);
+  for (; first - lane * kChunks < end; first += 32 * kChunks) {
+    // The next ones are on their way meanwhile.
+    MaxPlus chunks[kChunks];
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) chunks[j] = next[j];
+    load(next, first + 32 * kChunks);
+    m = scan_chunks(chunks, m, lane, [&](int j, double before) {
+      if (first + j < end) chunk_gates(args, first + j, h)[2] = before;
+    });
+  }
   if (lane == 0) store_last_m<Acc>(args, row, h, m);
 }
 

@@ -9,23 +9,19 @@
 namespace mlstm {
 namespace {
 
-__device__ __forceinline__ void store_effects(const Args& args, int64_t c, int h, int lane,
-                                              MaxPlusOf<float> upto) {
-  if (lane != 31) return;
-  double* out = chunk_gates(args, c, h);
-  out[0] = upto.decay;
-  out[1] = upto.floor;
-}
-
 __device__ __forceinline__ void reduce_fast(const Args& args) {
   start_dependents();
   wait_for_previous();
-  int64_t item;
+  ChunkItem item;
   int lane;
-  if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
-  int64_t c = item / args.nh;
-  int h = static_cast<int>(item % args.nh);
-  store_effects(args, c, h, lane, lane_effects(lane_pair(args, chunk_at(args, c), h, lane), lane));
+  if (!chunk_item(args, &item, &lane)) return;
+  const Chunk chunk = fast_chunk_at(args, item.c);
+  if (chunk.len == 0) return;
+  const MaxPlusOf<float> upto = lane_effects(lane_pair(args, chunk, item.h, lane), lane);
+  if (lane != 31) return;
+  double* out = chunk_gates(args, item.c, item.h);
+  out[0] = upto.decay;
+  out[1] = upto.floor;
 }
 
 // A chunk's part of Args::packed, and its m: lanes compute neighbouring tokens and so would write
@@ -37,29 +33,42 @@ struct alignas(16) Packed {
   float m[64];
 };
 
-// By all lanes of a warp.
+// Two neighbouring entries.
+__device__ __forceinline__ void put_pair(float* to, float first, float second) {
+  *reinterpret_cast<float2*>(to) = make_float2(first, second);
+}
+template <typename T>
+__device__ __forceinline__ void put_pair(T* to, float first, float second) {
+  *reinterpret_cast<uint32_t*>(to) = pack<T>(first, second);
+}
+
+// By all lanes of a warp; `m_out` is where the chunk's first token has its m.
 template <typename T>
 __device__ __forceinline__ void store_vectors(const Args& args, const LanePair& pair,
                                               const FastVectors& x, int64_t c, int h, int lane,
-                                              Packed<T>& packed) {
-  bool exponential = (args.flags & kExponential) != 0;
+                                              float* m_out, Packed<T>& packed) {
+  const bool exponential = (args.flags & kExponential) != 0;
+  float w[2], a[2], phi[2], col[2], floor[2], low[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    int t = 2 * lane + j;
-    int column = column_order(t);
-    bool inside = j < pair.count;
-    packed.vector[0][column] = inside ? exp2f(x.phi[j]) : 0.0f;
-    float a = inside ? fast_input(x, j) : 0.0f;
-    packed.vector[3][column] = a;
-    T high = static_cast<T>(a);
-    packed.split[0][t] = high;
-    packed.split[1][t ^ 8] = static_cast<T>(a - static_cast<float>(high));
-    packed.vector[1][t] = inside ? x.phi[j] : 0.0f;
-    packed.vector[2][column] = inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
-    packed.vector[4][t] =
-        inside && exponential ? exp2f(-static_cast<float>(kLog2E) * x.m[j]) : 1.0f;
-    packed.m[t] = x.m[j];
+    const bool inside = j < pair.count;
+    w[j] = inside ? exp2_approx(x.phi[j]) : 0.0f;
+    a[j] = inside ? fast_input(x, j) : 0.0f;
+    low[j] = a[j] - to_acc(from_acc<T>(a[j]));
+    phi[j] = inside ? x.phi[j] : 0.0f;
+    col[j] = inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
+    floor[j] =
+        inside && exponential ? exp2_approx(-static_cast<float>(kLog2E) * x.m[j]) : 1.0f;
   }
+  const int t = 2 * lane, column = column_order(t);
+  put_pair(packed.split[0] + t, a[0], a[1]);
+  put_pair(packed.split[1] + (t ^ 8), low[0], low[1]);
+  put_pair(packed.vector[0] + column, w[0], w[1]);
+  put_pair(packed.vector[1] + t, phi[0], phi[1]);
+  put_pair(packed.vector[2] + column, col[0], col[1]);
+  put_pair(packed.vector[3] + column, a[0], a[1]);
+  put_pair(packed.vector[4] + t, floor[0], floor[1]);
+  if (args.write_m != 0) put_pair(packed.m + t, x.m[0], x.m[1]);
   __syncwarp();
 
   float* out = args.packed + chunk_index(args, c, h) * kPackedFloats;
@@ -69,14 +78,13 @@ __device__ __forceinline__ void store_vectors(const Args& args, const LanePair& 
         reinterpret_cast<const float4*>(&packed)[piece + lane];
   }
   if (args.write_m != 0) {
-    float* m_out = at<float>(args.m, pair.b, h, pair.chunk.start);
 #pragma unroll
-    for (int t = lane; t < 64; t += 32) {
-      if (t < pair.chunk.len) m_out[t * args.m.stride_s] = packed.m[t];
+    for (int y = lane; y < 64; y += 32) {
+      if (y < pair.chunk.len) m_out[y * args.m.stride_s] = packed.m[y];
     }
   }
   if (lane == 0) {
-    out[kPackedDecay] = exp2f(x.total);
+    out[kPackedDecay] = exp2_approx(x.total);
     out[kPackedDecay + 1] = sweep_length(args, pair.chunk);
   }
 }
@@ -87,43 +95,31 @@ __device__ __forceinline__ void pack_vectors(const Args& args) {
   start_dependents();
   wait_for_previous();
   __shared__ Packed<T> shared[kWarps];
-  int64_t item;
+  ChunkItem item;
   int lane;
-  if (!warp_item(args.num_chunks * args.nh, &item, &lane)) return;
-  int64_t c = item / args.nh;
-  int h = static_cast<int>(item % args.nh);
-  const Chunk chunk = chunk_at(args, c);
+  if (!chunk_item(args, &item, &lane)) return;
+  const Chunk chunk = fast_chunk_at(args, item.c);
   if (chunk.len == 0) return;
-  const float m = chunk_m(args, c, h);
-  const LanePair pair = lane_pair(args, chunk, h, lane);
-  store_vectors(args, pair, chunk_vectors(args, pair, m, lane), c, h, lane,
+  const float m = chunk_m(args, item.c, item.h);
+  const LanePair pair = lane_pair(args, chunk, item.h, lane);
+  float* m_out = at<float>(args.m, batch_of(args, chunk.row), item.h, chunk.start);
+  store_vectors(args, pair, chunk_vectors(args, pair, m, lane), item.c, item.h, lane, m_out,
                 shared[threadIdx.x / 32]);
-}
-
-// Orders all that the cluster's threads did before it, to global memory too, before what they do
-// after it.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
 }
 
 constexpr int kWholeWarps = 8;
 constexpr int kWholePerWarp = 2;  // chunks, which stay in registers
 constexpr int kWholeChunks = kWholeWarps * kWholePerWarp;
 
-// The same as chunk_at, by the place in the row.
-__device__ __forceinline__ Chunk chunk_of_row(const Args& args, int row, int64_t place) {
-  const Span tokens = row_tokens(args, row);
-  const int64_t start = tokens.start + place * 64;
-  return {start, row, static_cast<int32_t>(min(tokens.end - start, static_cast<int64_t>(64)))};
-}
-
-// For the exponential gate. A row has at most kBlocks * kWholeChunks chunks.
+// For the exponential gate. A row has at most kBlocks * kWholeChunks chunks; each block learns the effects
+// on m of all, and scans them.
 template <typename T, int kBlocks>
 __device__ __forceinline__ void whole(const Args& args) {
   start_dependents();
+  cluster_arrive<kBlocks>();
   wait_for_previous();
   __shared__ Packed<T> shared[kWholeWarps];
+  __shared__ float2 all_effects[kBlocks * kWholeChunks];
   __shared__ float chunk_m[kWholeChunks];  // before each chunk
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0);
@@ -134,40 +130,64 @@ __device__ __forceinline__ void whole(const Args& args) {
   const int64_t begin = first_chunk(args, row);
   const int count = static_cast<int>(first_chunk(args, row + 1) - begin);
   const int first = rank * kWholeChunks;
+  const Span tokens = row_tokens(args, row);
+  const int b = batch_of(args, row);
 
+  // A warp has the chunks first + own.
+  const auto own = [&](int j) { return j * kWholeWarps + warp; };
   LanePair pairs[kWholePerWarp];
   MaxPlusOf<float> effects[kWholePerWarp];
+  HeadGates gates = head_gates(args, b, h, tokens.start + (first + warp) * 64);
 #pragma unroll
   for (int j = 0; j < kWholePerWarp; ++j) {
-    const int place = first + j * kWholeWarps + warp;
-    if (place < count) pairs[j] = load_pair(args, chunk_of_row(args, row, place), h, lane);
+    const int64_t start = tokens.start + (first + own(j)) * 64;
+    const Chunk chunk = {start, row, static_cast<int32_t>(min(tokens.end - start, int64_t{64}))};
+    if (first + own(j) < count) pairs[j] = load_pair(args, chunk, gates, lane);
+    gates.i.first += kWholeWarps * 64 * gates.i.step;
+    gates.f.first += kWholeWarps * 64 * gates.f.step;
   }
 #pragma unroll
   for (int j = 0; j < kWholePerWarp; ++j) {
-    const int place = first + j * kWholeWarps + warp;
-    if (place >= count) continue;
+    if (first + own(j) >= count) continue;
     take_logarithms(pairs[j]);
     effects[j] = lane_effects(pairs[j], lane);
-    store_effects(args, begin + place, h, lane, effects[j]);
   }
-  cluster_sync();
+  // All blocks have started.
+  cluster_wait<kBlocks>();
+#pragma unroll
+  for (int j = 0; j < kWholePerWarp; ++j) {
+    if (first + own(j) >= count) continue;
+    const float decay = __shfl_sync(kFullWarp, effects[j].decay, 31);
+    const float floor = __shfl_sync(kFullWarp, effects[j].floor, 31);
+    if (lane < kBlocks) store_cluster(shared_address(all_effects + first + own(j)), lane, decay, floor);
+  }
+  cluster_arrive<kBlocks>();
+  cluster_wait<kBlocks>();
   if (warp == 0) {
-    const double m = scan_row<float, 4>(args, row, h, lane, [&](int64_t c, double before) {
-      const unsigned own = static_cast<int>(c - begin) - first;
-      if (own < kWholeChunks) chunk_m[own] = static_cast<float>(before);
+    constexpr int kPerLane = div_up(kBlocks * kWholeChunks, 32);
+    MaxPlus chunks[kPerLane];
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const int place = lane * kPerLane + j;
+      const float2 effect = place < count ? all_effects[place] : make_float2(0.0f, -INFINITY);
+      chunks[j] = {effect.x, effect.y};
+    }
+    const double initial = initial_m(args, row, h, kF32);
+    const double m = scan_chunks(chunks, initial, lane, [&](int j, double before) {
+      const unsigned place = lane * kPerLane + j - first;
+      if (place < kWholeChunks) chunk_m[place] = static_cast<float>(before);
     });
     if (rank == 0 && lane == 0) store_last_m<float>(args, row, h, m);
   }
   __syncthreads();
+  float* m_out = at<float>(args.m, b, h, tokens.start + first * 64);
 #pragma unroll
   for (int j = 0; j < kWholePerWarp; ++j) {
-    const int own = j * kWholeWarps + warp;
-    const int place = first + own;
-    if (place >= count) continue;
-    const float m = lane_m(effects[j], chunk_m[own], lane);
+    if (first + own(j) >= count) continue;
+    const float m = lane_m(effects[j], chunk_m[own(j)], lane);
     __syncwarp();
-    store_vectors(args, pairs[j], fast_vectors(pairs[j], m, true, lane), begin + place, h, lane,
-                  shared[warp]);
+    store_vectors(args, pairs[j], fast_vectors(pairs[j], m, true, lane), begin + first + own(j), h,
+                  lane, m_out + own(j) * 64 * args.m.stride_s, shared[warp]);
   }
 }
 

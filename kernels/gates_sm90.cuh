@@ -4,6 +4,7 @@
 #pragma once
 
 #include "gatemath.cuh"
+#include "ptx_sm90.cuh"
 #include "tile.cuh"
 
 namespace mlstm {
@@ -11,6 +12,26 @@ namespace mlstm {
 __device__ __forceinline__ float clamp_near(float x) {
   constexpr float kNearest = static_cast<float>(kNear / kLog2E);
   return x < kNearest ? kNearest : x;
+}
+
+// Like warp_item, of all chunks and heads, which fit into 32 bits: their q alone takes 8 KiB each.
+struct ChunkItem {
+  uint32_t c, h;
+};
+__device__ __forceinline__ bool chunk_item(const Args& args, ChunkItem* item, int* lane) {
+  *lane = threadIdx.x % 32;
+  const uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32, nh = args.nh;
+  item->c = index / nh;
+  item->h = index % nh;
+  return item->c < static_cast<uint64_t>(args.num_chunks);
+}
+
+// The same as chunk_at for chunks of 64 tokens.
+__device__ __forceinline__ Chunk fast_chunk_at(const Args& args, uint32_t c) {
+  if (args.chunks != nullptr) return args.chunks[c];
+  const uint32_t row = c / static_cast<uint32_t>(args.chunks_per_row);
+  const int start = static_cast<int>(c - row * args.chunks_per_row) * 64;
+  return {start, static_cast<int32_t>(row), min(static_cast<int>(args.s) - start, 64)};
 }
 
 // A row's tokens within its batch row.
@@ -22,9 +43,10 @@ __device__ __forceinline__ Span row_tokens(const Args& args, int row) {
   return {args.seq_starts[row], args.seq_starts[row + 1]};
 }
 
+// Those beyond the chunk's end do nothing to m: i is -inf, logf 0. (Without branches, several chunks'
+// instructions can be mixed.)
 struct LanePair {
   Chunk chunk;
-  int b;
   int count;
   float i[2];
   float logf[2];
@@ -54,27 +76,26 @@ __device__ __forceinline__ float gate_value(const Args& args, uint32_t bits) {
   return __uint_as_float(args.gate_dtype == kF32 ? bits : bits << 16);
 }
 
-// With f, as yet, for its logarithm: so that more loads can be in flight.
-__device__ __forceinline__ LanePair load_pair(const Args& args, const Chunk& chunk, int h,
-                                              int lane) {
+// The gates of a head from a token on.
+struct HeadGates {
+  GateTokens i, f;
+};
+__device__ __forceinline__ HeadGates head_gates(const Args& args, int b, int h, int64_t t) {
+  return {gate_tokens(args, args.i, b, h, t), gate_tokens(args, args.f, b, h, t)};
+}
+
+// With f, as yet, for its logarithm: so that more loads can be in flight. `gates` from the chunk's first
+// token on.
+__device__ __forceinline__ LanePair load_pair(const Args& args, const Chunk& chunk,
+                                              const HeadGates& gates, int lane) {
   LanePair pair;
   pair.chunk = chunk;
-  pair.b = batch_of(args, chunk.row);
   pair.count = max(0, min(2, chunk.len - 2 * lane));
-  const GateTokens i_tokens = gate_tokens(args, args.i, pair.b, h, chunk.start + 2 * lane);
-  const GateTokens f_tokens = gate_tokens(args, args.f, pair.b, h, chunk.start + 2 * lane);
-  uint32_t i[2], f[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    if (j >= pair.count) continue;
-    i[j] = load_bits(args, i_tokens, j);
-    f[j] = load_bits(args, f_tokens, j);
-  }
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    if (j >= pair.count) continue;
-    pair.i[j] = gate_value(args, i[j]);
-    pair.logf[j] = gate_value(args, f[j]);
+    const int t = min(2 * lane + j, chunk.len - 1);
+    pair.i[j] = gate_value(args, load_bits(args, gates.i, t));
+    pair.logf[j] = gate_value(args, load_bits(args, gates.f, t));
   }
   return pair;
 }
@@ -82,25 +103,24 @@ __device__ __forceinline__ LanePair load_pair(const Args& args, const Chunk& chu
 __device__ __forceinline__ void take_logarithms(LanePair& pair) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    if (j < pair.count) pair.logf[j] = fast_logsigmoid(pair.logf[j]);
+    const float logf = fast_logsigmoid(pair.logf[j]);
+    pair.logf[j] = j < pair.count ? logf : 0.0f;
+    if (j >= pair.count) pair.i[j] = -INFINITY;
   }
 }
 
 __device__ __forceinline__ LanePair lane_pair(const Args& args, const Chunk& chunk, int h,
                                               int lane) {
-  LanePair pair = load_pair(args, chunk, h, lane);
+  const int b = batch_of(args, chunk.row);
+  LanePair pair = load_pair(args, chunk, head_gates(args, b, h, chunk.start), lane);
   take_logarithms(pair);
   return pair;
 }
 
 // Combination of all lanes up to and including this one.
 __device__ __forceinline__ MaxPlusOf<float> lane_effects(const LanePair& pair, int lane) {
-  MaxPlusOf<float> all = {0.0f, -INFINITY};
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    if (j < pair.count) all = then(all, {pair.logf[j], pair.i[j]});
-  }
-  return inclusive_scan(all, lane);
+  const MaxPlusOf<float> first = {pair.logf[0], pair.i[0]}, second = {pair.logf[1], pair.i[1]};
+  return inclusive_scan(then(first, second), lane);
 }
 
 // A lane's tokens as params.cuh describes them, with steps, sources and phi clamped (kNear) and
@@ -117,7 +137,6 @@ __device__ __forceinline__ FastVectors fast_vectors(const LanePair& pair, float 
   FastVectors out = {};
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    if (j >= pair.count) continue;
     if (exponential) {
       float kept = pair.logf[j] + m;
       out.m[j] = m = fmaxf(kept, pair.i[j]);
@@ -129,6 +148,7 @@ __device__ __forceinline__ FastVectors fast_vectors(const LanePair& pair, float 
       out.step[j] = kToLog2 * clamp_near(pair.logf[j]);
       out.source[j] = kToLog2 * clamp_near(fast_logsigmoid(pair.i[j]));
     }
+    if (j >= pair.count) out.step[j] = out.source[j] = 0.0f;
   }
   float sum = inclusive_sum(out.step[0] + out.step[1], lane);
   out.total = __shfl_sync(kFullWarp, sum, 31);
@@ -160,7 +180,7 @@ __device__ __forceinline__ FastVectors chunk_vectors(const Args& args, const Lan
 // a of a lane's token j.
 __device__ __forceinline__ float fast_input(const FastVectors& x, int j) {
   // Rounding may leave the difference of equal sums a little above 0.
-  return exp2f(fminf(x.total - x.phi[j], 0.0f) + x.source[j]);
+  return exp2_approx(fminf(x.total - x.phi[j], 0.0f) + x.source[j]);
 }
 
 // As it stands among a chunk's vectors, at kSweepLengthAt.

@@ -66,6 +66,30 @@ __device__ __forceinline__ void named_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");
 }
 
+// ---- clusters of blocks
+
+// Arrived threads' writes, to each other's shared memory too, are seen after the wait. By all threads;
+// of one block it is __syncthreads.
+template <int kBlocks>
+__device__ __forceinline__ void cluster_arrive() {
+  if constexpr (kBlocks > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+template <int kBlocks>
+__device__ __forceinline__ void cluster_wait() {
+  if constexpr (kBlocks > 1) {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  } else {
+    __syncthreads();
+  }
+}
+
+// To the same place in another block's shared memory.
+__device__ __forceinline__ void store_cluster(uint32_t to, int block, float x, float y) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(to), "r"(block));
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote), "f"(x), "f"(y) : "memory");
+}
+
 // ---- the copy engine
 
 // A box of a (64, tokens, slabs, NH, B) tensor to shared memory, from a slab of a token on.

@@ -272,7 +272,9 @@ def test_more_than_two_to_the_31_elements():
     row = {name: t[-1:, -1:].clone() for name, t in x.items()}
     alone = {"h": torch.full_like(row["v"], float("nan"))}
     mlstm_c.call("chunkwise_fw", mlstm_c.problem(row), row | alone)
-    assert torch.equal(out["h"][-1:, -1:], alone["h"]), case
+    # One sequence may be cut in segments, whose states are summed in another order.
+    error = (out["h"][-1:, -1:].double() - alone["h"].double()).norm() / alone["h"].double().norm()
+    assert error < 3e-3, case
 
 
 @pytest.mark.parametrize("seed", range(12))
