@@ -69,6 +69,11 @@ def test_options(dtype, options):
     check(Case(dtype=dtype, s=193, dhqk=128, dhhv=128, **options))
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (256, 256), (512, 192), (128, 512)])
+def test_negative_scales(dims):
+    check(Case(dtype=BF16, s=193, dhqk=dims[0], dhhv=dims[1], qk_scale=-0.1))
+
+
 @pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize("dims", [(64, 128), (256, 192)])
 @pytest.mark.parametrize("s", [2048, 4000, 8192, 8200])
