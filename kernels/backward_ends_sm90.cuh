@@ -52,7 +52,7 @@ struct Ends {
     return ((side + block.row) * args.nh + block.head) * (args.segments - 1) + j;
   }
   __device__ __forceinline__ float* segment_state(int j) const {
-    return block.args.segment_c + segment_index(j) * block.args.dhqk * block.args.dhhv;
+    return block.args.segment_c + segment_index(j) * block.args.dhqk * block.args.segment_columns;
   }
   __device__ __forceinline__ float* segment_vector(int j) const {
     return block.args.segment_n + segment_index(j) * block.args.dhqk;
@@ -76,7 +76,7 @@ struct Ends {
           n.data != nullptr ? at<float>(n, block.row, block.head, 0) : nullptr, 0.0f);
       } else {
         const int j = Shape::kReverse ? segments - 2 - x : x;
-        f(segment_state(j), static_cast<int64_t>(args.dhhv), segment_vector(j),
+        f(segment_state(j), static_cast<int64_t>(args.segment_columns), segment_vector(j),
           args.segment_g[segment_index(j)]);
       }
     }
@@ -92,7 +92,8 @@ struct Ends {
 
   __device__ __forceinline__ void put_entries(const float (&e)[2]) const {
     const uint32_t entry = block.entry(group);
-    if ((threadIdx.x & 3) == 0) {
+    // Opaque, or the remainder would take a register until the end.
+    if ((opaque(static_cast<int>(threadIdx.x)) & 3) == 0) {
       store_shared(entry, e[0]);
       store_shared(entry + 32, e[1]);
     }
@@ -144,14 +145,17 @@ struct Ends {
   }
   __device__ __forceinline__ void keep_vector(float* n) const {
     if ((threadIdx.x & 3) != 0 || !inside(0) || (Shape::kSplit && group != 0)) return;
-    n[first_row()] = entry(0);
-    n[first_row() + 8] = entry(1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float* to = n + first_row() + half * 8;
+      *to = (block.args.parts_before != 0 ? *to : 0.0f) + entry(half);
+    }
   }
 
   // Leaves what the block's segment adds.
   __device__ __forceinline__ void keep_segment(const State& c, float decay) const {
     const int j = block.segment - (Shape::kReverse ? 1 : 0);
-    const int64_t stride = block.args.dhhv;
+    const int64_t stride = block.args.segment_columns;
 #pragma unroll
     for (int h = 0; h < kParts; ++h) {
       if (!inside(h)) continue;
@@ -221,7 +225,7 @@ struct Ends {
     float sum = 0.0f;
     if (counts(boundary)) sum = warp_sum(product(c, boundary));
     if ((threadIdx.x & 31) == 0) {
-      block.args.boundary_e[boundary_index(boundary) * (units() * 4) + unit() * 4 +
+      block.args.boundary_e[boundary_index(boundary) * block.args.boundary_parts + unit() * 4 +
                             (threadIdx.x >> 5 & 3)] = sum;
     }
   }

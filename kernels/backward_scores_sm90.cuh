@@ -196,9 +196,14 @@ struct Scorer {
       record[kWDeltaAt / 4 + column_order(t)] = delta.w_delta;
       record[kColumnDeltaAt / 4 + column_order(t)] = is_negative() ? -delta.delta : delta.delta;
     } else if ((args.flags & kExponential) != 0) {
-      static_cast<float*>(args.dm)[token_index(args, block.batch, block.head,
-                                               block.start(chunk) + t)] =
-          delta.dm;
+      float* dm = static_cast<float*>(args.dm) +
+                  token_index(args, block.batch, block.head, block.start(chunk) + t);
+      if (args.parts_before == 0) {
+        *dm = delta.dm;
+      } else {
+        // One addition by each part: their order is fixed, and nothing waits for it.
+        atomicAdd(dm, delta.dm);
+      }
     }
   }
 

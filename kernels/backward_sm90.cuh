@@ -16,6 +16,10 @@
 //         kGroupChunks chunks, to make <dC, C> + <dn, n> of; dm
 //   both dq and dk the sums q.dq and k.dk of each token, for the gates' gradients
 //
+// Blocks of dq and dk hold all columns of DHHV, at most 512. Of a larger DHHV parts take turns, each at a
+// dq and a dk of its own: delta is of rho over its columns, and O, dm, dn and E are sums over parts, while
+// n is that of all. Each part but the last leaves its sum of O to the next.
+//
 // A block owns some columns of v' of one sequence and head, over one segment of its chunks. Each of
 // its state warpgroups (backward_sweep_sm90.cuh) holds S for 64 of them, as rows, and O alike, so that
 // S and c v' are A operands in registers. A warpgroup of its own makes P from the tiles of q' and k'
@@ -279,7 +283,9 @@ struct BackwardBlock {
 
   __device__ __forceinline__ void serve(int warp) const {
     if (warp == 3) {
-      if constexpr (Shape::kOutputs) store_outputs();
+      if constexpr (Shape::kOutputs) {
+        if (args.parts_after == 0) store_outputs();
+      }
     } else if (elect_one()) {
       if (warp == 0) {
         if constexpr (Shape::kOutputs) load_queries();
@@ -306,7 +312,7 @@ struct BackwardBlock {
     }
   }
 
-  // And own tiles.
+  // And own tiles, where outputs are finished.
   __device__ __forceinline__ void load_keys() const {
     using Units = Ring<Shape::kKeyUnits>;
     constexpr int kParts = Shape::kSplit ? 2 : 1;
@@ -323,7 +329,11 @@ struct BackwardBlock {
       }
       if constexpr (Shape::kOwn) {
         using Owns = Ring<Shape::kOwnStages>;
-        if (!Shape::kAlongQk && !needs_rho()) continue;
+        if constexpr (Shape::kAlongQk && Shape::kSplit) {
+          // For the state warpgroups, which have no registers to load it early.
+          if (args.parts_before != 0) prefetch(part_sums(i, 0), kPartBytes);
+        }
+        if (Shape::kAlongQk ? args.parts_after != 0 : !needs_rho()) continue;
         const uint32_t full = bar(kOwnFull, Owns::slot(i));
         barrier_wait(bar(kOwnEmpty, Owns::slot(i)), Owns::phase(i) ^ 1);
         barrier_expect(full, Shape::kValueBytes);
@@ -423,6 +433,15 @@ struct BackwardBlock {
       for (int w = 0; w < 4; ++w) sum += load_shared(sums(j) + w * 256 + t * 4);
       to[t] = sum;
     }
+  }
+
+  // Where parts of DHHV leave their sum of the i-th chunk's O, of a state warpgroup's columns.
+  static constexpr int kPartBytes = 64 * 64 * 4;
+  __device__ __forceinline__ float4* part_sums(int i, int group) const {
+    const int64_t side = Shape::kReverse ? args.num_chunks : 0;
+    const int64_t index = chunk_index(args, side + first + chunk(i), head);
+    return reinterpret_cast<float4*>(args.part_sums) +
+           (index * (args.dhqk / 64) + column_of(group) / 64) * (kPartBytes / 16);
   }
 
   __device__ __forceinline__ bool needs_rho() const {

@@ -230,6 +230,34 @@ struct Sweeper {
     if (lane == 0) barrier_arrive(block.bar(kOutputsFull, group));
   }
 
+  // Or, where another part of DHHV finishes them, for the next part to add.
+  __device__ __forceinline__ void leave(const float (&o)[32], int i) const {
+    if (block.column_of(group) >= block.args.dhqk) return;
+    float4* to = block.again().part_sums(i, group) + threadIdx.x % 128;
+#pragma unroll
+    for (int x = 0; x < 8; ++x) {
+      to[x * 128] = make_float4(o[4 * x], o[4 * x + 1], o[4 * x + 2], o[4 * x + 3]);
+    }
+  }
+  // Adds what the parts before have left.
+  __device__ __forceinline__ void add_parts(float (&o)[32], int i) const {
+    const float4* from = block.again().part_sums(i, group) + threadIdx.x % 128;
+#pragma unroll
+    for (int first = 0; first < 8; first += 4) {
+      float4 part[4];  // in flight
+#pragma unroll
+      for (int x = 0; x < 4; ++x) part[x] = from[(first + x) * 128];
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        float* to = o + 4 * (first + x);
+        to[0] += part[x].x;
+        to[1] += part[x].y;
+        to[2] += part[x].z;
+        to[3] += part[x].w;
+      }
+    }
+  }
+
   // Zeroes what the tiles of a chunk hold of the next sequence: it must not count, not even as 0
   // times NaN. By all state warpgroups.
   __device__ __forceinline__ void clean(int i, int length) const {
@@ -372,7 +400,11 @@ struct Sweeper {
       }
 
       const bool finishes = !Shape::kSplit || group == 0;
-      if (Shape::kSplit && group == 1) give_outputs(o, i, block.exchange());
+      if (Shape::kSplit && group == 1) {
+        // Only parts of 512 columns follow others.
+        if (Shape::kAlongQk && block.args.parts_before != 0) add_parts(o, i);
+        give_outputs(o, i, block.exchange());
+      }
       if (Shape::kSplit && finishes) take_outputs(o, i + 1 < count, block.exchange());
       if (finishes) add_scores(o, i);
       pin<32 * Shape::kStateSlabs>(c);
@@ -384,7 +416,13 @@ struct Sweeper {
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(block.bar(kValuesEmpty, stage));
-      if (finishes) put(o, i);
+      if (finishes) {
+        if (Shape::kAlongQk && block.args.parts_after != 0) {
+          leave(o, i);
+        } else {
+          put(o, i);
+        }
+      }
       wgmma_wait<0>();
       pin<32 * Shape::kStateSlabs>(c);
       if (leader) barrier_arrive(block.bar(kKeysEmpty, Units::slot(block.unit_of(i, group))));

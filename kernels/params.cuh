@@ -201,18 +201,23 @@ struct Args {
   float* segment_g;      // product of g
   // Hopper backward only.
   void* scores;       // for split states (backward_sm90.cuh): G as [chunk_index][64 queries][64 keys]
-  float* rho;         // [chunk_index][rho_parts][64]: parts of dh.h
+  float* rho;         // [chunk_index][rho_parts][64]: parts of dh.h, for dq of its columns of DHHV
   void* boundary_c;   // [boundary_slot][NH] of C as bf16, padded and in the order of registers
   float* boundary_n;  // [boundary_slot][NH] of n, padded
   float* boundary_e;  // [boundary_slot][NH][boundary_parts]: parts of <dC, C> + <dn, n>
   float* state_copies;  // of 16-bit states: [3: c_initial, dc_last, dc_initial][R][NH][DHQK][DHHV]
-  int32_t segments;      // at least 1
+  float* part_sums;     // [2: dq, dk][chunk_index][DHQK / 64] of 64 x 64, in the order of registers
+  int32_t segments;     // at least 1
   int32_t group_chunks;  // chunks that no segment cuts apart: 1, the backward's kGroupChunks
   int32_t boundary_parts;
   int32_t rho_parts;
+  int32_t segment_columns;
+  // Launches of the sweep for other parts of DHHV (backward_sm90.cuh), that were or will be.
+  int32_t parts_before;
+  int32_t parts_after;
 };
 
-static_assert(sizeof(Args) == 1208, "src/cuda/params.rs has the same size");
+static_assert(sizeof(Args) == 1232, "src/cuda/params.rs has the same size");
 
 // How a kernel wants to be launched, next to it in its module, where the host reads it: rows and
 // columns of a block's tile, threads, bytes of dynamic shared memory.

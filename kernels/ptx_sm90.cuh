@@ -121,6 +121,11 @@ __device__ __forceinline__ void load_row(uint32_t to, const TensorMap* map, uint
       : "memory");
 }
 
+// Brings memory into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

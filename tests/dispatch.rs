@@ -94,19 +94,14 @@ fn hopper_kernels_take_what_they_are_made_for() {
         base,
         ProblemSpec { dtype: DType::F16, s: 1, ..base },
         ProblemSpec { dhqk: 512, dhhv: 1024, ..base },
+        ProblemSpec { dhqk: 64, dhhv: 576, ..base },
         ProblemSpec { dhqk: 64, dhhv: 64, b: 1, num_seqs: 5, ..base },
         ProblemSpec { qk_scale: -1.0, ..base },
     ];
     for spec in suited {
         for op in [Op::ChunkwiseFw, Op::ParallelFw, Op::ChunkwiseBw, Op::ParallelBw] {
-            let backward = matches!(op, Op::ChunkwiseBw | Op::ParallelBw);
             let plan = engine(op, spec);
-            let expected = if backward && spec.dhhv > 512 {
-                (Engine::Cuda, 128)
-            } else {
-                (Engine::Hopper, 64)
-            };
-            assert_eq!((plan.engine, plan.chunk_size), expected, "{spec:?}");
+            assert_eq!((plan.engine, plan.chunk_size), (Engine::Hopper, 64), "{spec:?}");
         }
     }
     let others = [

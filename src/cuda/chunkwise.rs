@@ -148,6 +148,9 @@ fn common(
         group_chunks: if backward { layout::GROUP_CHUNKS as i32 } else { 1 },
         boundary_parts: 0,
         rho_parts: 0,
+        segment_columns: params::size("dhhv", p.dhhv)?,
+        parts_before: 0,
+        parts_after: 0,
     })
 }
 

@@ -4,17 +4,18 @@ use std::ops::Range;
 
 use super::chunkwise::{self, Run};
 use super::driver;
+use super::hopper_turns::{Turn, boundary_parts, turns};
 use super::layout::{BACKWARD_BYTES, GROUP_CHUNKS, ceil_div, qk_tiles};
 use super::params::{self, Args, BackwardArgs, CopyArgs, Tensor, TensorMap};
 use super::sweeps::{self, Sweep, Vectors};
 use crate::dispatch::Plan;
 use crate::error::Result;
-use crate::ops::Bw;
+use crate::ops::{Bw, BwTensors};
 use crate::tensor::{DType, View};
 use crate::workspace::{Stream, Workspace};
 
 /// The tensors of one sweep, as q', k' and v' of `kernels/backward_sm90.cuh`.
-struct Tiles<'a> {
+pub(super) struct Tiles<'a> {
     queries: &'a View,
     keys: &'a View,
     values: &'a View,
@@ -23,19 +24,42 @@ struct Tiles<'a> {
 }
 
 /// What the sweeps leave each other and `gates_pack_backward` leaves them, by chunk and head.
-struct Records {
+#[derive(Clone, Copy)]
+pub(super) struct Records {
     scores: TensorMap,
     rho: TensorMap,
-    vectors: Vectors,
+    pub(super) vectors: Vectors,
+}
+
+impl Records {
+    /// The same with parts of rho.
+    pub(super) const fn with_rho(self, rho: TensorMap) -> Self {
+        Self { rho, ..self }
+    }
 }
 
 /// Bytes of a chunk's vectors that a sweep needs: `kVectorFrom` to `kVectorTo`.
 const DV_VECTORS: Range<usize> = 1024..2064;
-const DQ_VECTORS: Range<usize> = 0..1552;
-const DK_VECTORS: Range<usize> = 1024..BACKWARD_BYTES;
+pub(super) const DQ_VECTORS: Range<usize> = 0..1552;
+pub(super) const DK_VECTORS: Range<usize> = 1024..BACKWARD_BYTES;
 
-impl Tiles<'_> {
-    fn maps(
+impl<'a> Tiles<'a> {
+    fn dv(t: &'a BwTensors) -> Self {
+        // h is not read where it is absent.
+        let h = t.h.as_ref().unwrap_or(&t.dh);
+        Self { queries: &t.k, keys: &t.q, values: &t.dh, own: h, out: &t.dv }
+    }
+
+    /// With some columns of dh and v.
+    pub(super) fn dq(t: &'a BwTensors, dh: &'a View, v: &'a View) -> Self {
+        Self { queries: dh, keys: v, values: &t.k, own: &t.q, out: &t.dq }
+    }
+
+    pub(super) fn dk(t: &'a BwTensors, dh: &'a View, v: &'a View) -> Self {
+        Self { queries: v, keys: dh, values: &t.q, own: &t.k, out: &t.dk }
+    }
+
+    pub(super) fn maps(
         &self,
         sweep: &Sweep,
         records: &Records,
@@ -59,9 +83,8 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
     let (p, t) = (&call.problem, &call.tensors);
     let mut args = chunkwise::backward_args(call, plan, workspace)?;
     let sweep_dv = Sweep::of(p.dhhv, p.dhqk);
-    let sweep = Sweep::of(p.dhqk, p.dhhv);
     args.qk_tiles = params::size("dhqk", qk_tiles(p))?;
-    args.boundary_parts = params::size("dhqk", 4 * sweep.units())?;
+    args.boundary_parts = params::size("dhhv", boundary_parts(p))?;
     args.rho_parts = params::size("dhhv", sweep_dv.blocks())?;
 
     let device = driver::device(p.device_index)?;
@@ -70,29 +93,21 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
     let chunks = args.num_chunks * p.nh;
     // What is left of scores; other sweeps take no notice of it.
     let mut scores = t.q;
-    if sweep.is_split() {
+    if !args.buffers.scores.is_null() {
         scores.data = args.buffers.scores;
         scores.shape = [1, 1, chunks * 64, 64];
         scores.stride = [chunks * 64 * 64, chunks * 64 * 64, 64, 1];
     }
-    let rho_bytes = 256 * sweep_dv.blocks() as usize;
-    let records = Records {
-        scores: driver::tensor_map(&scores, 1)?,
-        rho: driver::rows_map(args.buffers.rho, chunks, rho_bytes, rho_bytes)?,
-        vectors: Vectors { first: args.buffers.packed, pitch: BACKWARD_BYTES, count: chunks },
-    };
-    // h is not read where it is absent.
-    let h = t.h.as_ref().unwrap_or(&t.dh);
-    let dv = Tiles { queries: &t.k, keys: &t.q, values: &t.dh, own: h, out: &t.dv };
-    let dq = Tiles { queries: &t.dh, keys: &t.v, values: &t.k, own: &t.q, out: &t.dq };
-    let dk = Tiles { queries: &t.v, keys: &t.dh, values: &t.q, own: &t.k, out: &t.dk };
-    let dv_maps = dv.maps(&sweep_dv, &records, DV_VECTORS)?;
-    let dq_maps = dq.maps(&sweep, &records, DQ_VECTORS)?;
-    let dk_maps = dk.maps(&sweep, &records, DK_VECTORS)?;
+    let scores = driver::tensor_map(&scores, 1)?;
+    let vectors = Vectors { first: args.buffers.packed, pitch: BACKWARD_BYTES, count: chunks };
+    // Turns have their own rho.
+    let records = Records { scores, rho: scores, vectors };
+    let dv_maps = Tiles::dv(t).maps(&sweep_dv, &records, DV_VECTORS)?;
+    let turns = turns(p, t, &args, &records)?;
 
     let data = run.data();
     let heads = run.heads();
-    let launch = |name: &str, blocks: i64, maps: [TensorMap; 8]| {
+    let launch = |name: &str, blocks: i64, maps: [TensorMap; 8], args: Args| {
         device.launch(stream, name, blocks, true, &BackwardArgs { maps, args })
     };
     device.enqueue(|| {
@@ -105,13 +120,16 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
             sweeps::segment_states(&run, "segments_dc", &t.dh, &t.q, &records.vectors)?;
         }
         let blocks = heads * plan.segments;
-        launch(&sweep_dv.kernel("backward_dv", data), blocks * sweep_dv.blocks(), dv_maps)?;
-        launch(&sweep.kernel("backward_dq", data), blocks * sweep.blocks(), dq_maps)?;
-        if plan.segments > 1 {
-            let blocks = heads * ceil_div(p.dhqk, 64) * (plan.segments - 1);
-            launch(&format!("segments_dn_{data}"), blocks, dq_maps)?;
+        launch(&sweep_dv.kernel("backward_dv", data), blocks * sweep_dv.blocks(), dv_maps, args)?;
+        for Turn { sweep, args, dq, dk } in &turns {
+            let blocks = blocks * sweep.blocks();
+            launch(&sweep.kernel("backward_dq", data), blocks, *dq, *args)?;
+            if plan.segments > 1 {
+                let blocks = heads * ceil_div(p.dhqk, 64) * (plan.segments - 1);
+                launch(&format!("segments_dn_{data}"), blocks, *dq, *args)?;
+            }
+            launch(&sweep.kernel("backward_dk", data), blocks, *dk, *args)?;
         }
-        launch(&sweep.kernel("backward_dk", data), blocks * sweep.blocks(), dk_maps)?;
         // The path matters where h or the caller depends on m, and only between groups of chunks.
         let exact = p.gate.has_normalizer() && !p.detach_denominator && p.eps != 0.0;
         let has_path = p.gate.has_stabilizer() && (exact || t.dm_last.is_some());

@@ -2,6 +2,7 @@
 
 use std::ptr::null_mut;
 
+use super::hopper_turns::{MOST_COLUMNS, boundary_parts};
 use super::params::Buffers;
 use super::sweeps::Sweep;
 use crate::dispatch::{Engine, Plan};
@@ -18,6 +19,9 @@ pub(super) const BACKWARD_BYTES: usize = (10 * 64 + 4) * 4;
 
 /// The scores of one chunk and head: 64 queries by 64 keys of 16 bits.
 const SCORE_BYTES: usize = 64 * 64 * 2;
+
+/// Partial outputs of one chunk and head, for 64 columns: 64 tokens in float.
+const PART_SUM_BYTES: usize = 64 * 64 * 4;
 
 /// `kGroupChunks`.
 pub(super) const GROUP_CHUNKS: i64 = 16;
@@ -124,10 +128,13 @@ fn carve(
     let generic_backward = generic && backward;
     let parts = product(&[if backward { 2 } else { 1 }, rows, p.nh, plan.segments - 1]);
     let hopper_backward = hopper && backward;
-    let sweep = Sweep::of(p.dhqk, p.dhhv);
+    // Parts of DHHV take turns; none needs more than a full one.
+    let sweep = Sweep::of(p.dhqk, p.dhhv.min(MOST_COLUMNS));
+    let in_parts = hopper_backward && p.dhhv > MOST_COLUMNS;
     let rho_parts = product(&[Sweep::of(p.dhhv, p.dhqk).blocks()]);
     let boundaries = product(&[chunks / GROUP_CHUNKS + 2 * rows + 1, p.nh]);
     let units = product(&[sweep.units()]);
+    let e_parts = product(&[boundary_parts(p)]);
     let copies = if p.state_dtype == DType::F32 { 0 } else { 3 };
     let packed_bytes = if backward { BACKWARD_BYTES } else { PACKED_BYTES };
     let e_tiles = e_tiles(p) as usize;
@@ -161,7 +168,59 @@ fn carve(
         rho: take(scalars.saturating_mul(rho_parts), 64 * 4, hopper_backward),
         boundary_c: take(boundaries.saturating_mul(units), sweep.unit_bytes(), hopper_backward),
         boundary_n: take(boundaries.saturating_mul(units), 64 * 4, hopper_backward),
-        boundary_e: take(boundaries.saturating_mul(units), 4 * 4, hopper_backward),
+        boundary_e: take(boundaries.saturating_mul(e_parts), 4, hopper_backward),
         state_copies: take(product(&[copies, rows, p.nh, p.dhqk, p.dhhv]), 4, hopper_backward),
+        part_sums: take(product(&[2, chunks, p.nh, p.dhqk / 64]), PART_SUM_BYTES, in_parts),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dispatch::Capabilities;
+    use crate::problem::{Device, Op, ProblemSpec};
+
+    fn backward_of(dhhv: i64) -> (Problem, Plan) {
+        let spec = ProblemSpec {
+            device: Device::Cuda,
+            dtype: DType::Bf16,
+            b: 2,
+            nh: 3,
+            s: 1000,
+            dhqk: 192,
+            dhhv,
+            ..ProblemSpec::default()
+        };
+        let problem = spec.validate(Op::ChunkwiseBw).unwrap();
+        let hopper = Capabilities { has_cuda: true, hopper: true };
+        let plan = dispatch::plan(Op::ChunkwiseBw, &problem, hopper).unwrap();
+        assert_eq!(plan.engine, Engine::Hopper);
+        (problem, plan)
+    }
+
+    #[test]
+    fn partial_outputs_take_memory_where_dhhv_comes_in_parts() {
+        for (dhhv, in_parts) in [(64, false), (512, false), (576, true), (1024, true)] {
+            let (problem, plan) = backward_of(dhhv);
+            let base = std::ptr::dangling_mut::<u8>();
+            let mut carver = Carver::default();
+            let sums = carve(&problem, &plan, true, &mut carver, base).part_sums;
+            assert_eq!(sums.is_null(), !in_parts, "{dhhv}");
+            if in_parts {
+                let room = carver.total().unwrap() - (sums.addr() - base.addr());
+                // dq and dk, 16 chunks in each of two rows, three heads, three slabs of DHQK.
+                assert!(room >= 2 * 2 * 16 * 3 * 3 * PART_SUM_BYTES, "{dhhv}: {room}");
+            }
+        }
+    }
+
+    /// Boundaries and scores are those of one part at a time.
+    #[test]
+    fn memory_of_parts_does_not_grow_with_their_number() {
+        let size = |dhhv: i64| {
+            let (problem, plan) = backward_of(dhhv);
+            workspace_size(&problem, &plan, true).unwrap()
+        };
+        assert!(size(4096) - size(1024) < size(1024) / 4);
     }
 }

@@ -4,6 +4,7 @@ mod chunkwise;
 mod driver;
 mod hopper;
 mod hopper_backward;
+mod hopper_turns;
 mod layout;
 mod modules;
 mod params;

@@ -29,6 +29,14 @@ impl Tensor {
     pub(super) fn is_absent(&self) -> bool {
         self.data.is_null()
     }
+
+    /// States in float from a column on.
+    pub(super) fn at_column(self, column: i64) -> Self {
+        if self.is_absent() {
+            return self;
+        }
+        Self { data: self.data.wrapping_add(column as usize * 4), ..self }
+    }
 }
 
 impl From<&View> for Tensor {
@@ -100,6 +108,9 @@ pub(super) struct Args {
     pub(super) group_chunks: i32,
     pub(super) boundary_parts: i32,
     pub(super) rho_parts: i32,
+    pub(super) segment_columns: i32,
+    pub(super) parts_before: i32,
+    pub(super) parts_after: i32,
 }
 
 /// The workspace's part of `mlstm::Args`.
@@ -137,9 +148,10 @@ pub(super) struct Buffers {
     pub(super) boundary_n: Pointer,
     pub(super) boundary_e: Pointer,
     pub(super) state_copies: Pointer,
+    pub(super) part_sums: Pointer,
 }
 
-const _: () = assert!(size_of::<Args>() == 1208, "kernels/params.cuh has the same size");
+const _: () = assert!(size_of::<Args>() == 1232, "kernels/params.cuh has the same size");
 
 /// `mlstm::TensorMap`: a tensor as the copy engine sees it.
 pub(super) type TensorMap = cudarc::driver::sys::CUtensorMap;

@@ -14,7 +14,6 @@ use crate::tensor::View;
 /// The tiles of a sweep's state, transposed as its blocks hold it.
 pub(super) struct Sweep {
     rows: i64,
-    /// Rows of one block.
     block: i64,
     /// Columns that kernels are made for.
     columns: i64,
@@ -24,6 +23,11 @@ impl Sweep {
     /// A state of so many rows, of which each block takes some, and all columns.
     pub(super) const fn of(rows: i64, columns: i64) -> Self {
         Self { rows, block: dispatch::hopper_rows(rows, columns), columns: padded(columns) }
+    }
+
+    /// Rows of one block.
+    pub(super) const fn block(&self) -> i64 {
+        self.block
     }
 
     /// Blocks for one state.
@@ -67,6 +71,7 @@ impl Sweep {
 }
 
 /// The vectors of all chunks and heads (`Args::packed`), each `pitch` bytes.
+#[derive(Clone, Copy)]
 pub(super) struct Vectors {
     pub(super) first: *mut u8,
     pub(super) pitch: usize,

@@ -21,9 +21,9 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         case = Case(dtype, b=1, s=130, cu_seqlens=offsets, dhqk=64, dhhv=128, flags=flags)
         case.run("cuda", case.inputs())
         if dtype.itemsize == 2 and not flags:
-            # Segments, DHQK in halves, and gates of long sequences.
-            for s, dhqk in ((2100, 128), (130, 512), (8300, 64)):
-                case = Case(dtype, b=1, nh=1, s=s, dhqk=dhqk, dhhv=64)
+            # Segments, DHQK in halves, DHHV in parts, and gates of long sequences.
+            for s, *dims in ((2100, 128, 64), (130, 512, 64), (2100, 64, 1088), (8300, 64, 64)):
+                case = Case(dtype, b=1, nh=1, s=s, dhqk=dims[0], dhhv=dims[1])
                 case.run("cuda", case.inputs(), backward=s < 8000)
     for tokens, width in ((1, 64), (3, 66), (9, 36)):
         Step(dtype, s=tokens, dhhv=width).run("cuda")

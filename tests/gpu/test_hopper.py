@@ -29,6 +29,10 @@ pytestmark = pytest.mark.skipif(
         (64, 1024),
         (320, 64),
         (512, 192),
+        (64, 576),
+        (192, 640),
+        (320, 832),
+        (512, 1024),
     ],
 )
 def test_dims(dtype, dims):
@@ -69,6 +73,29 @@ def test_options(dtype, options):
     check(Case(dtype=dtype, s=193, dhqk=128, dhhv=128, **options))
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sigmoid": True},
+        {"sigmoid": True, "normalize": False},
+        {"initial": False, "last": False},
+        {"initial": False},
+        {"last": False},
+        {"state_dtype": BF16},
+        {"detach": True},
+        {"dm_last": True, "i_bias": 3.0, "eps": 0.3},
+        {"qk_scale": -0.7},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dims", [(128, 576), (64, 1600)])
+def test_options_of_parts(dims, options, dtype):
+    """dq and dk take columns of DHHV in turns: here two, and four of which some add and leave."""
+    check(Case(dtype=dtype, s=193, dhqk=dims[0], dhhv=dims[1], **options))
+
+
 @pytest.mark.parametrize("dims", [(64, 64), (256, 256), (512, 192), (128, 512)])
 def test_negative_scales(dims):
     check(Case(dtype=BF16, s=193, dhqk=dims[0], dhhv=dims[1], qk_scale=-0.1))
@@ -85,7 +112,7 @@ def test_segments(s, dims, initial):
 @pytest.mark.parametrize(
     "options", [{}, {"last": False}, {"dm_last": True}, {"sigmoid": True}], ids=str
 )
-@pytest.mark.parametrize("dims", [(128, 512), (512, 320)])
+@pytest.mark.parametrize("dims", [(128, 512), (512, 320), (64, 1600), (256, 640)])
 def test_segments_of_large_states(dims, options):
     check(Case(dtype=BF16, b=1, nh=1, s=4500, dhqk=dims[0], dhhv=dims[1], f_bias=5.0, **options))
 
@@ -106,7 +133,7 @@ VARLEN = [
 ]
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (256, 128), (512, 64)])
+@pytest.mark.parametrize("dims", [(64, 64), (256, 128), (512, 64), (128, 1088)])
 @pytest.mark.parametrize("offsets", VARLEN, ids=str)
 def test_packed(offsets, dims):
     check(
@@ -131,7 +158,7 @@ def test_packed_sequences_do_not_touch_each_other():
         assert torch.equal(got["h"][:, :, part], clean["h"][:, :, part])
 
 
-@pytest.mark.parametrize("dims", [(64, 128), (128, 512)])
+@pytest.mark.parametrize("dims", [(64, 128), (128, 512), (128, 1088)])
 def test_gradients_of_packed_sequences_do_not_touch_each_other(dims):
     case = Case(dtype=BF16, b=1, s=300, cu_seqlens=[0, 70, 170, 300], dhqk=dims[0], dhhv=dims[1])
     inputs = case.inputs()
@@ -147,8 +174,9 @@ def test_gradients_of_packed_sequences_do_not_touch_each_other(dims):
         assert torch.equal(got[name][[0, 2]], clean[name][[0, 2]]), name
 
 
-def test_strides():
-    check(Case(dtype=BF16, s=193, dhqk=128, dhhv=256), prepare=swapped)
+@pytest.mark.parametrize("dhhv", [256, 1088])
+def test_strides(dhhv):
+    check(Case(dtype=BF16, s=193, dhqk=128, dhhv=dhhv), prepare=swapped)
 
 
 def test_resets_forget_everything():
@@ -170,9 +198,10 @@ def test_extreme_gates(gate, value):
     check(case, inputs)
 
 
-def test_agrees_with_the_generic_engine():
-    case = Case(dtype=BF16, s=1000, dhqk=256, dhhv=256)
-    other = Case(dtype=BF16, s=1000, dhqk=256, dhhv=256, flags=mlstm_c.GENERIC_ENGINE)
+@pytest.mark.parametrize("dhhv", [256, 1024])
+def test_agrees_with_the_generic_engine(dhhv):
+    case = Case(dtype=BF16, s=1000, dhqk=256, dhhv=dhhv)
+    other = Case(dtype=BF16, s=1000, dhqk=256, dhhv=dhhv, flags=mlstm_c.GENERIC_ENGINE)
     inputs = case.inputs()
     got, wanted = (x.run("cuda", inputs) for x in (case, other))
     for name, reference in wanted.items():
@@ -184,7 +213,7 @@ def test_agrees_with_the_generic_engine():
         assert not (name in ("h", "dq", "dk", "dv") and error == 0), both
 
 
-@pytest.mark.parametrize("dims", [(256, 256), (128, 512), (64, 64)])
+@pytest.mark.parametrize("dims", [(256, 256), (128, 512), (64, 64), (128, 1088)])
 @pytest.mark.parametrize("s", [500, 4096])
 def test_repeats_bit_for_bit(s, dims):
     case = Case(dtype=BF16, b=1, nh=4, s=s, dhqk=dims[0], dhhv=dims[1])
