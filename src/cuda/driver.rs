@@ -9,7 +9,6 @@ use cudarc::driver::sys;
 
 use super::modules::IMAGES;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, View};
 use crate::workspace::Stream;
 
 /// A device with its kernels loaded.
@@ -19,93 +18,6 @@ pub(super) struct Device {
     /// Most shared memory a block can have, bytes.
     shared_limit: c_int,
     capability: (c_int, c_int),
-}
-
-/// The copy engine's name of a type.
-fn map_dtype(dtype: DType) -> Result<sys::CUtensorMapDataType> {
-    match dtype {
-        DType::Bf16 => Ok(sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),
-        DType::F16 => Ok(sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16),
-        _ => Err(Error::Internal(format!("{dtype} has no tensor maps"))),
-    }
-}
-
-/// A tensor (B, NH, S, D) of 16-bit elements as (64, S, D / 64, NH, B), of which boxes of 64 tokens
-/// and `slabs` times 64 columns are copied; what lies beyond the tensor is zero. The view must suit
-/// the copy engine.
-pub(super) fn tensor_map(view: &View, slabs: i64) -> Result<sys::CUtensorMap> {
-    let [b, nh, s, d] = view.shape;
-    // A stride that no index walks along still has to be one.
-    let bytes = |stride: i64| if stride == 0 { 16 } else { 2 * stride };
-    let [stride_b, stride_h, stride_s, _] = view.stride;
-    encode(
-        map_dtype(view.dtype)?,
-        view.data,
-        [64, s, d / 64, nh, b],
-        [bytes(stride_s), 128, bytes(stride_h), bytes(stride_b)],
-        [64, 64, slabs, 1, 1],
-        sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-    )
-}
-
-/// `rows` rows of `bytes` bytes (at most 2048) that start every `pitch` bytes, to copy one at a time;
-/// all are multiples of 16.
-pub(super) fn rows_map(
-    data: *mut u8,
-    rows: i64,
-    pitch: usize,
-    bytes: usize,
-) -> Result<sys::CUtensorMap> {
-    let (pitch, bytes) = (pitch as i64, bytes as i64);
-    encode(
-        sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
-        data,
-        [bytes / 8, rows],
-        [pitch],
-        [bytes / 8, 1],
-        sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
-    )
-}
-
-/// `strides` in bytes, of all dimensions but the first.
-fn encode<const RANK: usize, const STRIDES: usize>(
-    dtype: sys::CUtensorMapDataType,
-    data: *mut u8,
-    sizes: [i64; RANK],
-    strides: [i64; STRIDES],
-    boxes: [i64; RANK],
-    swizzle: sys::CUtensorMapSwizzle,
-) -> Result<sys::CUtensorMap> {
-    use sys::{
-        CUtensorMapFloatOOBfill as Fill, CUtensorMapInterleave as Interleave,
-        CUtensorMapL2promotion as Promotion,
-    };
-    const { assert!(STRIDES + 1 == RANK) };
-    let sizes = sizes.map(i64::cast_unsigned);
-    let strides = strides.map(i64::cast_unsigned);
-    let boxes = boxes.map(|size| size as u32);
-    let mut map = std::mem::MaybeUninit::<sys::CUtensorMap>::zeroed();
-    // SAFETY: all arrays have the lengths of the rank; the map is plain data, aligned by its type.
-    unsafe {
-        check(
-            "cuTensorMapEncodeTiled",
-            sys::cuTensorMapEncodeTiled(
-                map.as_mut_ptr(),
-                dtype,
-                RANK as u32,
-                data.cast(),
-                sizes.as_ptr(),
-                strides.as_ptr(),
-                boxes.as_ptr(),
-                [1; RANK].as_ptr(),
-                Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                swizzle,
-                Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                Fill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            ),
-        )?;
-        Ok(map.assume_init())
-    }
 }
 
 /// Whether a device is an H100 or H200, or for -1 all of them are; `None` if it cannot be told, or if
@@ -159,7 +71,7 @@ pub(super) struct Geometry {
     pub(super) shared: i32,
 }
 
-fn check(what: &str, result: sys::CUresult) -> Result<()> {
+pub(super) fn check(what: &str, result: sys::CUresult) -> Result<()> {
     if result == sys::CUresult::CUDA_SUCCESS {
         return Ok(());
     }

@@ -3,6 +3,7 @@
 use super::chunkwise::{self, Run};
 use super::driver;
 use super::layout::{PACKED_BYTES, ceil_div, padded_dhqk};
+use super::maps;
 use super::params::HopperArgs;
 use super::sweeps::{self, Vectors};
 use crate::dispatch::{self, Plan};
@@ -21,10 +22,10 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     let count = args.num_chunks * p.nh;
     let vectors = Vectors { first: args.buffers.packed, pitch: PACKED_BYTES, count };
     let hopper = HopperArgs {
-        q: driver::tensor_map(&t.q, dhqk / 64)?,
-        k: driver::tensor_map(&t.k, 1)?,
-        v: driver::tensor_map(&t.v, columns / 64)?,
-        h: driver::tensor_map(&t.h, 1)?,
+        q: maps::tensor_map(&t.q, dhqk / 64)?,
+        k: maps::tensor_map(&t.k, 1)?,
+        v: maps::tensor_map(&t.v, columns / 64)?,
+        h: maps::tensor_map(&t.h, 1)?,
         packed: vectors.map(0..PACKED_BYTES)?,
         args,
     };

@@ -6,6 +6,7 @@ use super::chunkwise::{self, Run};
 use super::driver;
 use super::hopper_turns::{Turn, boundary_parts, turns};
 use super::layout::{BACKWARD_BYTES, GROUP_CHUNKS, ceil_div, qk_tiles};
+use super::maps;
 use super::params::{self, Args, BackwardArgs, CopyArgs, Tensor, TensorMap};
 use super::sweeps::{self, Sweep, Vectors};
 use crate::dispatch::Plan;
@@ -66,11 +67,11 @@ impl<'a> Tiles<'a> {
         vectors: Range<usize>,
     ) -> Result<[TensorMap; 8]> {
         Ok([
-            driver::tensor_map(self.queries, 1)?,
-            driver::tensor_map(self.keys, sweep.unit_slabs())?,
-            driver::tensor_map(self.values, sweep.block_slabs())?,
-            driver::tensor_map(self.own, sweep.block_slabs())?,
-            driver::tensor_map(self.out, 1)?,
+            maps::tensor_map(self.queries, 1)?,
+            maps::tensor_map(self.keys, sweep.unit_slabs())?,
+            maps::tensor_map(self.values, sweep.block_slabs())?,
+            maps::tensor_map(self.own, sweep.block_slabs())?,
+            maps::tensor_map(self.out, 1)?,
             records.scores,
             records.vectors.map(vectors)?,
             records.rho,
@@ -98,7 +99,7 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
         scores.shape = [1, 1, chunks * 64, 64];
         scores.stride = [chunks * 64 * 64, chunks * 64 * 64, 64, 1];
     }
-    let scores = driver::tensor_map(&scores, 1)?;
+    let scores = maps::tensor_map(&scores, 1)?;
     let vectors = Vectors { first: args.buffers.packed, pitch: BACKWARD_BYTES, count: chunks };
     // Turns have their own rho.
     let records = Records { scores, rho: scores, vectors };

@@ -3,9 +3,9 @@
 
 use std::ops::Range;
 
-use super::driver;
 use super::hopper_backward::{DK_VECTORS, DQ_VECTORS, Records, Tiles};
 use super::layout::ceil_div;
+use super::maps;
 use super::params::{self, Args, Tensor, TensorMap};
 use super::sweeps::Sweep;
 use crate::error::Result;
@@ -76,8 +76,7 @@ pub(super) fn turns(
         args.rho_parts = params::size("dhhv", ceil_div(width, rho_columns))?;
         let rho = args.buffers.rho.wrapping_add(256 * (first / rho_columns) as usize);
         let pitch = 256 * all.rho_parts as usize;
-        let rho =
-            driver::rows_map(rho, records.vectors.count, pitch, 256 * args.rho_parts as usize)?;
+        let rho = maps::rows_map(rho, records.vectors.count, pitch, 256 * args.rho_parts as usize)?;
         let records = records.with_rho(rho);
         let [dh, v] = [&t.dh, &t.v].map(|view| columns_of(view, &columns));
         Ok(Turn {

@@ -6,6 +6,7 @@ mod hopper;
 mod hopper_backward;
 mod hopper_turns;
 mod layout;
+mod maps;
 mod modules;
 mod params;
 mod step;

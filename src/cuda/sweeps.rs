@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use super::chunkwise::Run;
-use super::driver;
 use super::layout::{ceil_div, padded};
+use super::maps;
 use super::params::{BackwardArgs, TensorMap};
 use crate::dispatch;
 use crate::error::Result;
@@ -81,7 +81,7 @@ pub(super) struct Vectors {
 impl Vectors {
     /// To copy these bytes of one of them.
     pub(super) fn map(&self, part: Range<usize>) -> Result<TensorMap> {
-        driver::rows_map(self.first.wrapping_add(part.start), self.count, self.pitch, part.len())
+        maps::rows_map(self.first.wrapping_add(part.start), self.count, self.pitch, part.len())
     }
 }
 
@@ -101,8 +101,8 @@ pub(super) fn segment_states(
     let sweep = Sweep::of(p.dhqk, p.dhhv.min(256));
     let parts = sweep.blocks() * ceil_div(p.dhhv, sweep.columns);
     let blocks = run.heads() * parts * i64::from(run.args.segments - 1);
-    let keys = driver::tensor_map(keys, sweep.unit_slabs())?;
-    let values = driver::tensor_map(values, sweep.block_slabs())?;
+    let keys = maps::tensor_map(keys, sweep.unit_slabs())?;
+    let values = maps::tensor_map(values, sweep.block_slabs())?;
     let vectors = vectors.map(STATE_VECTORS)?;
     // The others are not used.
     let maps = [values, keys, values, values, values, values, vectors, vectors];
