@@ -6,7 +6,7 @@ use std::fmt;
 
 use crate::error::{Error, Result};
 use crate::problem::{Op, Problem};
-use crate::tensor::{DType, View};
+use crate::tensor::{DType, Extent, View};
 
 /// Tensors of a forward call. Shapes: q, k (B, NH, S, DHQK); v, h (B, NH, S, DHHV);
 /// i, f, n, m (B, NH, S); states C (R, NH, DHQK, DHHV), n (R, NH, DHQK), m (R, NH), where R is B
@@ -133,8 +133,15 @@ pub struct Step {
 /// anything else.
 struct Checker<'a> {
     problem: &'a Problem,
-    inputs: Vec<(&'static str, View)>,
-    outputs: Vec<(&'static str, View)>,
+    inputs: Vec<Reach>,
+    outputs: Vec<Reach>,
+}
+
+/// A named view and what it touches, found once: there are up to two hundred pairs of views.
+type Reach = (&'static str, View, Extent);
+
+fn reach((name, view): (&'static str, View)) -> Reach {
+    (name, view, view.extent())
 }
 
 /// Dimensions by name, so that shapes and their labels in messages cannot drift apart.
@@ -176,34 +183,42 @@ impl<'a> Checker<'a> {
         Self { problem, inputs: Vec::with_capacity(16), outputs: Vec::with_capacity(12) }
     }
 
-    fn shape(&self, dims: Dims, rows: i64) -> Vec<i64> {
+    /// Checks a view against the shape of `dims`, with `rows` rows of states.
+    fn shape(
+        &self,
+        name: &'static str,
+        view: &View,
+        dims: Dims,
+        dtype: DType,
+        (rows, row_name): (i64, &str),
+    ) -> Result<()> {
         let p = self.problem;
-        match dims {
-            Dims::Qk => vec![p.b, p.nh, p.s, p.dhqk],
-            Dims::Hv => vec![p.b, p.nh, p.s, p.dhhv],
-            Dims::Token => vec![p.b, p.nh, p.s],
-            Dims::C => vec![rows, p.nh, p.dhqk, p.dhhv],
-            Dims::N => vec![rows, p.nh, p.dhqk],
-            Dims::M => vec![rows, p.nh],
-        }
-    }
-
-    fn check(&self, name: &'static str, view: &View, dims: Dims, dtype: DType) -> Result<()> {
-        let p = self.problem;
-        let (rows, row_name) = match p.num_seqs {
-            Some(count) => (count, "num_seqs"),
-            None => (p.b, "b"),
+        let shape: &[i64] = match dims {
+            Dims::Qk => &[p.b, p.nh, p.s, p.dhqk],
+            Dims::Hv => &[p.b, p.nh, p.s, p.dhhv],
+            Dims::Token => &[p.b, p.nh, p.s],
+            Dims::C => &[rows, p.nh, p.dhqk, p.dhhv],
+            Dims::N => &[rows, p.nh, p.dhqk],
+            Dims::M => &[rows, p.nh],
         };
-        view.check(name, dtype, &self.shape(dims, rows), Labels(dims, row_name))?;
+        view.check(name, dtype, shape, Labels(dims, row_name))?;
         match dims {
             Dims::Qk | Dims::Hv | Dims::C | Dims::N => view.check_feature_stride(name),
             Dims::Token | Dims::M => Ok(()),
         }
     }
 
+    fn check(&self, name: &'static str, view: &View, dims: Dims, dtype: DType) -> Result<()> {
+        let rows = match self.problem.num_seqs {
+            Some(count) => (count, "num_seqs"),
+            None => (self.problem.b, "b"),
+        };
+        self.shape(name, view, dims, dtype, rows)
+    }
+
     fn input(&mut self, name: &'static str, view: &View, dims: Dims, dtype: DType) -> Result<()> {
         self.check(name, view, dims, dtype)?;
-        self.inputs.push((name, *view));
+        self.inputs.push(reach((name, *view)));
         Ok(())
     }
 
@@ -232,7 +247,7 @@ impl<'a> Checker<'a> {
     fn output(&mut self, name: &'static str, view: &View, dims: Dims, dtype: DType) -> Result<()> {
         self.check(name, view, dims, dtype)?;
         view.check_writable(name)?;
-        self.outputs.push((name, *view));
+        self.outputs.push(reach((name, *view)));
         Ok(())
     }
 
@@ -258,8 +273,11 @@ impl<'a> Checker<'a> {
         self.no_stray_m(names[2], m)?;
         let wanted = [(names[0], c), (names[1], n), (names[2], m)];
         let wanted = wanted.get(..if p.gate.has_stabilizer() { 3 } else { 2 }).unwrap_or(&[]);
-        let given: Vec<&str> = wanted.iter().filter(|w| w.1.is_some()).map(|w| w.0).collect();
-        if !given.is_empty() && given.len() != wanted.len() {
+        if wanted.iter().all(|w| w.1.is_none()) {
+            return Ok(vec![]);
+        }
+        if wanted.iter().any(|w| w.1.is_none()) {
+            let given: Vec<&str> = wanted.iter().filter(|w| w.1.is_some()).map(|w| w.0).collect();
             let all: Vec<&str> = wanted.iter().map(|w| w.0).collect();
             let missing = all.iter().find(|name| !given.contains(name)).copied().unwrap_or("");
             return Err(Error::invalid(
@@ -309,7 +327,7 @@ impl<'a> Checker<'a> {
             ));
         }
         view.check(name, view.dtype, &[size], size_name)?;
-        self.inputs.push((name, *view));
+        self.inputs.push(reach((name, *view)));
         Ok(())
     }
 
@@ -337,10 +355,7 @@ impl<'a> Checker<'a> {
 
     /// No output may share memory with an input, another output or the workspace.
     fn finish(self, workspace: &View) -> Result<()> {
-        // There are up to two hundred pairs: what each reaches is found once.
-        let reach = |(name, view): (&'static str, View)| (name, view, view.extent());
-        let outputs: Vec<_> = self.outputs.into_iter().map(reach).collect();
-        let inputs: Vec<_> = self.inputs.into_iter().map(reach).collect();
+        let Self { inputs, outputs, .. } = self;
         let workspace = reach(("workspace", *workspace));
         for (index, (name, output, extent)) in outputs.iter().enumerate() {
             let others = outputs.iter().skip(index + 1).chain(&inputs).chain([&workspace]);
@@ -496,11 +511,7 @@ impl Checker<'_> {
     ) -> Result<Vec<(&'static str, View)>> {
         let mut pools = Vec::with_capacity(3);
         for (name, view, dims, dtype) in self.triple(names, views)? {
-            let shape = self.shape(dims, self.problem.num_slots);
-            view.check(name, dtype, &shape, Labels(dims, "num_slots"))?;
-            if matches!(dims, Dims::C | Dims::N) {
-                view.check_feature_stride(name)?;
-            }
+            self.shape(name, &view, dims, dtype, (self.problem.num_slots, "num_slots"))?;
             pools.push((name, view));
         }
         Ok(pools)
@@ -528,8 +539,8 @@ impl Checker<'_> {
         for (name, view) in &written {
             view.check_writable(name)?;
         }
-        self.outputs.extend(written);
-        self.inputs.extend(read);
+        self.outputs.extend(written.into_iter().map(reach));
+        self.inputs.extend(read.into_iter().map(reach));
         Ok(())
     }
 }

@@ -228,10 +228,21 @@ impl View {
         merged
     }
 
+    /// Whether its elements lie in order without gaps.
+    fn is_dense(&self) -> bool {
+        let mut step = 1i64;
+        self.shape().iter().zip(self.strides()).rev().all(|(&size, &stride)| {
+            let next = size <= 1 || stride == step;
+            step = step.saturating_mul(size);
+            next
+        })
+    }
+
     /// Whether two different indices may reach the same byte. Exact for strides that nest, each
     /// longer than all that lies within; others, which no allocation has, count as overlapping.
     fn overlaps_itself(&self) -> bool {
-        if self.is_empty() {
+        // Most tensors are dense, which is soon seen.
+        if self.is_empty() || self.is_dense() {
             return false;
         }
         let pattern = self.pattern();

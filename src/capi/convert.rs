@@ -41,7 +41,8 @@ pub(super) fn device(name: &str, value: mlstm_device) -> Result<Device> {
     }
 }
 
-fn dtype(name: &str, value: mlstm_dtype) -> Result<DType> {
+/// `owner` has the field `field`.
+fn dtype(owner: &str, field: &str, value: mlstm_dtype) -> Result<DType> {
     match value {
         MLSTM_F32 => Ok(DType::F32),
         MLSTM_F64 => Ok(DType::F64),
@@ -50,12 +51,15 @@ fn dtype(name: &str, value: mlstm_dtype) -> Result<DType> {
         MLSTM_I32 => Ok(DType::I32),
         MLSTM_I64 => Ok(DType::I64),
         MLSTM_U8 => Ok(DType::U8),
-        _ => Err(Error::invalid(name, "one of MLSTM_F32 ... MLSTM_U8", value)),
+        _ => {
+            Err(Error::invalid(format!("{owner}.{field}"), "one of MLSTM_F32 ... MLSTM_U8", value))
+        }
     }
 }
 
-fn dtype_or_default(name: &str, value: mlstm_dtype) -> Result<Option<DType>> {
-    if value == MLSTM_DTYPE_DEFAULT { Ok(None) } else { dtype(name, value).map(Some) }
+/// Of a problem's field.
+fn dtype_or_default(field: &str, value: mlstm_dtype) -> Result<Option<DType>> {
+    if value == MLSTM_DTYPE_DEFAULT { Ok(None) } else { dtype("problem", field, value).map(Some) }
 }
 
 fn gate(problem: &mlstm_problem) -> Result<Gate> {
@@ -111,9 +115,9 @@ pub(super) fn problem(problem: &mlstm_problem) -> Result<ProblemSpec> {
         allow_tf32: problem.flags & MLSTM_FLAG_ALLOW_TF32 != 0,
         generic_engine: problem.flags & MLSTM_FLAG_GENERIC_ENGINE != 0,
         aligned: problem.flags & MLSTM_FLAG_ALIGNED != 0,
-        dtype: dtype("problem.dtype", problem.dtype)?,
-        gate_dtype: dtype_or_default("problem.gate_dtype", problem.gate_dtype)?,
-        state_dtype: dtype_or_default("problem.state_dtype", problem.state_dtype)?,
+        dtype: dtype("problem", "dtype", problem.dtype)?,
+        gate_dtype: dtype_or_default("gate_dtype", problem.gate_dtype)?,
+        state_dtype: dtype_or_default("state_dtype", problem.state_dtype)?,
         chunk_size: i64::from(problem.chunk_size),
     })
 }
@@ -133,7 +137,7 @@ fn optional(name: &str, tensor: &mlstm_tensor) -> Result<Option<View>> {
     if shape.iter().any(|&size| size < 0) {
         return Err(Error::invalid(format!("{name}.shape"), "sizes >= 0", format!("{shape:?}")));
     }
-    let dtype = dtype(&format!("{name}.dtype"), tensor.dtype)?;
+    let dtype = dtype(name, "dtype", tensor.dtype)?;
     Ok(Some(View::new(tensor.data.cast(), dtype, rank, tensor.shape, tensor.stride)))
 }
 
