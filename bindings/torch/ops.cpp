@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <deque>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -34,6 +33,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -85,15 +85,26 @@ struct Place {
   mlstm_device device = MLSTM_DEVICE_CPU;
   int32_t index = 0;
   void* stream = nullptr;
+  int32_t torch_type, torch_index;
 
-  explicit Place(const Tensor& q) {
+  explicit Place(const Tensor& q) : torch_type(type_of(q)), torch_index(q.get_device_index()) {
     if (!q.is_cuda()) return;
     device = MLSTM_DEVICE_CUDA;
-    index = q.get_device_index();
+    index = torch_index;
     if (!aoti_torch_get_current_cuda_stream) {
       throw std::runtime_error("device: this torch was built without CUDA");
     }
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  }
+
+  bool holds(const Tensor& t) const {
+    return type_of(t) == torch_type && t.get_device_index() == torch_index;
+  }
+
+  static int32_t type_of(const Tensor& t) {
+    int32_t type;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    return type;
   }
 };
 
@@ -106,7 +117,6 @@ class Call {
  public:
   Call(const Tensor& q, const Tensor& v, const Tensor& i, const Options& options)
       : compute(q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
-        q_(q),
         place_(q) {
     problem.struct_size = sizeof(problem);
     problem.b = size_or_one(q, 0);
@@ -134,7 +144,7 @@ class Call {
   // An input of any strides.
   mlstm_tensor in(const char* name, const Tensor& t) const {
     // Pointers do not tell the library where they point.
-    if (t.device() != q_.device()) {
+    if (!place_.holds(t)) {
       throw std::runtime_error(std::string(name) + ".device: expected that of q, got another");
     }
     return view(t, t.const_data_ptr());
@@ -156,23 +166,41 @@ class Call {
     return t ? in_dense(name, *t) : mlstm_tensor{};
   }
 
-  // A tensor that is written, in place or as an output.
-  mlstm_tensor out(const char* name, const Tensor& t) const {
+  // A tensor that is written in place.
+  mlstm_tensor in_out(const char* name, const Tensor& t) const {
     mlstm_tensor result = in(name, t);
     result.data = t.mutable_data_ptr();
     return result;
   }
 
+  // An output that was allocated here.
+  static mlstm_tensor out(const Tensor& t) { return view(t, t.mutable_data_ptr()); }
+
   void pack(const OptionalTensor& cu_seqlens) {
     if (cu_seqlens) problem.num_seqs = size_or_one(*cu_seqlens, 0) - 1;
   }
 
-  Tensor empty(const std::vector<int64_t>& shape, ScalarType type) const {
-    return torch::stable::new_empty(q_, shape, type);
+  // Dense, unless dimensions 1 and 2 are to be swapped in memory. Not torch::stable::new_empty,
+  // which looks its operator up by name every time.
+  Tensor empty(IntHeaderOnlyArrayRef shape, ScalarType type, bool swapped = false) const {
+    int64_t size[4], stride[4], step = 1;
+    // More dimensions are refused by the library in a moment.
+    const auto dims = std::min<int64_t>(static_cast<int64_t>(shape.size()), 4);
+    for (int64_t next = dims - 1; next >= 0; --next) {
+      const int64_t dim = swapped && (next == 1 || next == 2) ? 3 - next : next;
+      size[dim] = shape[dim];
+      stride[dim] = step;
+      step *= std::max<int64_t>(size[dim], 1);
+    }
+    const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, size, stride, code, place_.torch_type,
+                                                    place_.torch_index, &handle));
+    return Tensor(handle);
   }
 
-  Tensor empty_if(bool exists, const std::vector<int64_t>& shape, ScalarType type) const {
-    return empty(exists ? shape : std::vector<int64_t>{0}, type);
+  Tensor empty_if(bool exists, IntHeaderOnlyArrayRef shape, ScalarType type) const {
+    return exists ? empty(shape, type) : empty({0}, type);
   }
 
   // States of R rows, or in a step of all slots.
@@ -185,15 +213,13 @@ class Call {
   }
 
   // Dense, (B, NH, S, D) or (B, NH, S); in memory (B, S, NH, D) if `like` is a view of that kind.
-  Tensor empty_tokens(const Tensor& like, std::vector<int64_t> shape, ScalarType type) const {
+  Tensor empty_tokens(const Tensor& like, IntHeaderOnlyArrayRef shape, ScalarType type) const {
     const bool by_token = like.dim() >= 3 && like.stride(1) < like.stride(2) && like.stride(1) > 0;
-    if (!by_token) return empty(shape, type);
-    std::swap(shape[1], shape[2]);
-    return torch::stable::transpose(empty(shape, type), 1, 2);
+    return empty(shape, type, by_token);
   }
 
   Tensor empty_like_tokens(const Tensor& like) const {
-    return empty_tokens(like, {like.sizes().begin(), like.sizes().end()}, like.scalar_type());
+    return empty_tokens(like, like.sizes(), like.scalar_type());
   }
 
   template <class Args>
@@ -221,9 +247,8 @@ class Call {
     check(mlstm_query(op, &problem, &needs));
     if (needs.workspace_size > 0) {
       const size_t slack = needs.workspace_alignment - 1;
-      copies_.push_back(
-          empty({static_cast<int64_t>(needs.workspace_size + slack)}, ScalarType::Byte));
-      const auto start = reinterpret_cast<uintptr_t>(copies_.back().mutable_data_ptr());
+      workspace_ = empty({static_cast<int64_t>(needs.workspace_size + slack)}, ScalarType::Byte);
+      const auto start = reinterpret_cast<uintptr_t>(workspace_->mutable_data_ptr());
       args.workspace = reinterpret_cast<void*>((start + slack) & ~slack);
       args.workspace_size = needs.workspace_size;
     }
@@ -237,17 +262,18 @@ class Call {
     mlstm_tensor result{};
     result.data = const_cast<void*>(data);
     result.dtype = dtype_of(t.scalar_type());
-    result.rank = static_cast<int32_t>(t.dim());
-    for (int64_t dim = 0; dim < std::min<int64_t>(t.dim(), 4); ++dim) {
-      result.shape[dim] = t.size(dim);
-      result.stride[dim] = t.stride(dim);
+    const auto sizes = t.sizes(), strides = t.strides();
+    result.rank = static_cast<int32_t>(sizes.size());
+    for (size_t dim = 0; dim < std::min<size_t>(sizes.size(), 4); ++dim) {
+      result.shape[dim] = sizes[dim];
+      result.stride[dim] = strides[dim];
     }
     return result;
   }
 
-  const Tensor& q_;
   Place place_;
-  std::deque<Tensor> copies_;
+  std::optional<Tensor> workspace_;
+  std::vector<Tensor> copies_;
 };
 
 // Arguments with the inputs that all functions share.
@@ -303,13 +329,13 @@ ForwardResult forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const Tensor n = call.empty_if(normalize, {p.b, p.nh, p.s}, call.compute);
   const Tensor m = call.empty_if(!siging, {p.b, p.nh, p.s}, call.compute);
   const States last = call.empty_states(return_last_states, !siging, state);
-  args.h = call.out("h", h);
-  if (normalize) args.n = call.out("n", n);
-  if (!siging) args.m = call.out("m", m);
+  args.h = Call::out(h);
+  if (normalize) args.n = Call::out(n);
+  if (!siging) args.m = Call::out(m);
   if (return_last_states) {
-    args.c_last = call.out("c_last", last.c);
-    args.n_last = call.out("n_last", last.n);
-    if (!siging) args.m_last = call.out("m_last", last.m);
+    args.c_last = Call::out(last.c);
+    args.n_last = Call::out(last.n);
+    if (!siging) args.m_last = Call::out(last.m);
   }
   if (parallel) {
     call.run(MLSTM_OP_PARALLEL_FW, mlstm_parallel_fw, args);
@@ -354,17 +380,17 @@ BackwardResult backward(const Tensor& dh, const OptionalTensor& dc_last,
   const Tensor dq = call.empty_like_tokens(q), dk = call.empty_like_tokens(k),
                dv = call.empty_like_tokens(v), di = call.empty_like_tokens(i),
                df = call.empty_like_tokens(f);
-  args.dq = call.out("dq", dq);
-  args.dk = call.out("dk", dk);
-  args.dv = call.out("dv", dv);
-  args.di = call.out("di", di);
-  args.df = call.out("df", df);
+  args.dq = Call::out(dq);
+  args.dk = Call::out(dk);
+  args.dv = Call::out(dv);
+  args.di = Call::out(di);
+  args.df = Call::out(df);
 
   const States initial = call.empty_states(initial_gradients, !siging, state);
   if (initial_gradients) {
-    args.dc_initial = call.out("dc_initial", initial.c);
-    args.dn_initial = call.out("dn_initial", initial.n);
-    if (!siging) args.dm_initial = call.out("dm_initial", initial.m);
+    args.dc_initial = Call::out(initial.c);
+    args.dn_initial = Call::out(initial.n);
+    if (!siging) args.dm_initial = Call::out(initial.m);
   }
   if (parallel) {
     call.run(MLSTM_OP_PARALLEL_BW, mlstm_parallel_bw, args);
@@ -397,10 +423,10 @@ StepResult step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
 
   const Tensor h = call.empty_tokens(v, {p.b, p.nh, p.s, p.dhhv}, q.scalar_type());
   const States next = call.empty_states(true, m.has_value(), c.scalar_type());
-  args.h = call.out("h", h);
-  args.c_dst = call.out("c_dst", next.c);
-  args.n_dst = call.out("n_dst", next.n);
-  if (m) args.m_dst = call.out("m_dst", next.m);
+  args.h = Call::out(h);
+  args.c_dst = Call::out(next.c);
+  args.n_dst = Call::out(next.n);
+  if (m) args.m_dst = Call::out(next.m);
   call.run(MLSTM_OP_STEP, mlstm_step, args);
   return {h, next.c, next.n, next.m};
 }
@@ -413,9 +439,9 @@ Tensor step_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
   Call call(q, v, i, {siging, normalize, false, qk_scale, eps});
   const mlstm_problem& p = call.problem;
   mlstm_step_args args = step_args(call, q, k, v, i, f, c);
-  args.c = call.out("c", c);
-  args.n = call.out("n", n);
-  if (m) args.m = call.out("m", *m);
+  args.c = call.in_out("c", c);
+  args.n = call.in_out("n", n);
+  if (m) args.m = call.in_out("m", *m);
   args.src_slots = call.in("src_slots", src_slots);
   args.dst_slots = call.in("dst_slots", dst_slots);
   args.has_state = call.in("has_state", has_state);
@@ -424,7 +450,7 @@ Tensor step_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
   Tensor h = call.empty_tokens(v, {p.b, p.nh, p.s, p.dhhv}, q.scalar_type());
   // The library leaves the h of padding alone.
   if (src_slots || num_tokens) torch::stable::zero_(h);
-  args.h = call.out("h", h);
+  args.h = Call::out(h);
   call.run(MLSTM_OP_STEP, mlstm_step, args);
   return h;
 }

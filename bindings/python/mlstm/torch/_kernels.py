@@ -6,7 +6,9 @@ from contextlib import nullcontext
 
 import torch
 
-from mlstm.torch._ops import cast_for_autocast, compute_dtype, gates_as_accepted
+from mlstm.torch._ops import cast_for_autocast, compute_dtype, forward, gates_as_accepted
+
+_NOTHING = nullcontext()
 
 
 def states_as_accepted(q, c, n, m, dtype=None):
@@ -54,15 +56,14 @@ def sequence(
     **options,
 ):
     """torch.ops.mlstm.forward with the arguments of the kernel functions."""
-    autocast = nullcontext()
-    if torch.is_autocast_enabled(q.device.type):
+    autocast = torch.is_autocast_enabled(q.device.type)
+    if autocast:
         q, k, v = cast_for_autocast(autocast_kernel_dtype, q, k, v)
-        # The dtype is settled: the operator's own autocast must not change it.
-        autocast = torch.autocast(q.device.type, enabled=False)
     if dtype_state is not None and q.dtype == torch.float64:
         dtype_state = torch.float64
-    with autocast:
-        h, _, _, *last = torch.ops.mlstm.forward(
+    # The dtype is settled: the operator's own autocast must not change it.
+    with torch.autocast(q.device.type, enabled=False) if autocast else _NOTHING:
+        h, _, _, *last = forward(
             q,
             k,
             v,
@@ -73,7 +74,7 @@ def sequence(
             return_last_states=return_last_states,
             chunk_size=chunk_size or 0,
             siging=siging,
-            allow_tf32=allows_tf32(),
+            allow_tf32=q.dtype == torch.float32 and allows_tf32(),
             **options,
         )
     return (h, states_as_returned(*last, siging)) if return_last_states else h

@@ -15,6 +15,7 @@ if not hasattr(torch.ops.mlstm, "forward"):
     torch.ops.load_library(native("mlstm_torch.so"))
 
 _LIBRARY = torch.library.Library("mlstm", "FRAGMENT")
+_FORWARD = torch.ops.mlstm.forward.default
 
 
 def compute_dtype(q):
@@ -136,52 +137,93 @@ def _step_inplace_fake(q, k, v, *_, **__):
 # ---- autograd -----------------------------------------------------------------------------------
 
 
-def _forward_context(ctx, inputs, keyword_only_inputs, output):
-    h, n, m, *last = output
-    ctx.set_materialize_grads(False)
-    absent = [t for t in last if t.dim() == 1]
-    ctx.mark_non_differentiable(n, m, *absent)
-    ctx.save_for_backward(*inputs, h, n, m)
-    ctx.options = {
-        name: value
-        for name, value in keyword_only_inputs.items()
-        if name not in ("state_dtype", "return_last_states")
-    }
+def _forward_below(keyset, inputs, options):
+    with torch._C._AutoDispatchBelowAutograd():
+        keyset = keyset & torch._C._after_autograd_keyset
+        return _FORWARD.redispatch(keyset, *inputs, **options)
 
 
-def _forward_backward(ctx, dh, _dn, _dm, dc_last, dn_last, dm_last):
-    q, k, v, i, f, c_initial, n_initial, m_initial, cu_seqlens, h, n, m = ctx.saved_tensors
-    if dh is None:
-        dh = torch.zeros_like(h)
-    # An absent dm_last would mean something else than a zero one: see mlstm_bw_args in mlstm.h.
-    if dm_last is None and not ctx.options["siging"]:
-        given = dc_last if dc_last is not None else dn_last
-        if given is not None:
-            dm_last = given.new_zeros(given.shape[:2], dtype=compute_dtype(q))
-    initial_gradients = any(ctx.needs_input_grad[5:8])
-    *gradients, dc_initial, dn_initial, dm_initial = torch.ops.mlstm.backward(
-        dh,
-        dc_last,
-        dn_last,
-        dm_last,
-        *ctx.saved_tensors,
-        **ctx.options,
-        initial_gradients=initial_gradients,
-    )
-    if not initial_gradients:
-        return *gradients, None, None, None, None
-    if m_initial is None:
-        dm_initial = None
-    return *gradients, dc_initial, dn_initial, dm_initial, None
+class _Forward(torch.autograd.Function):
+    """The forward as autograd records it.
+
+    torch.library.register_autograd would do, but takes five times as long as the operator itself
+    to look up what the arguments' defaults are.
+    """
+
+    @staticmethod
+    def forward(ctx, keyset, options, *inputs):
+        outputs = _forward_below(keyset, inputs, options)
+        h, n, m, *last = outputs
+        ctx.set_materialize_grads(False)
+        absent = [t for t in last if t.dim() == 1]
+        ctx.mark_non_differentiable(n, m, *absent)
+        ctx.save_for_backward(*inputs, h, n, m)
+        ctx.options = {
+            name: value
+            for name, value in options.items()
+            if name not in ("state_dtype", "return_last_states")
+        }
+        return outputs
+
+    @staticmethod
+    def backward(ctx, dh, _dn, _dm, dc_last, dn_last, dm_last):
+        saved = ctx.saved_tensors
+        q, m_initial, h = saved[0], saved[7], saved[9]
+        if dh is None:
+            dh = torch.zeros_like(h)
+        # An absent dm_last would mean something else than a zero one: see mlstm_bw_args in mlstm.h.
+        if dm_last is None and not ctx.options.get("siging"):
+            given = dc_last if dc_last is not None else dn_last
+            if given is not None:
+                dm_last = given.new_zeros(given.shape[:2], dtype=compute_dtype(q))
+        # The first two of needs_input_grad are keyset and options.
+        initial_gradients = any(ctx.needs_input_grad[7:10])
+        *gradients, dc_initial, dn_initial, dm_initial = torch.ops.mlstm.backward.default(
+            dh,
+            dc_last,
+            dn_last,
+            dm_last,
+            *saved,
+            **ctx.options,
+            initial_gradients=initial_gradients,
+        )
+        if not initial_gradients:
+            return None, None, *gradients, None, None, None, None
+        if m_initial is None:
+            dm_initial = None
+        return None, None, *gradients, dc_initial, dn_initial, dm_initial, None
+
+
+def _is_recorded(inputs):
+    if torch.is_grad_enabled():
+        for t in inputs:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def _forward_autograd(keyset, *inputs, **options):
+    if _is_recorded(inputs):
+        return _Forward.apply(keyset, options, *inputs)
+    return _forward_below(keyset, inputs, options)
+
+
+def forward(*inputs, **options):
+    """torch.ops.mlstm.forward, without the way through `_forward_autograd` where that would do
+    nothing."""
+    if torch.compiler.is_compiling() or _is_recorded(inputs):
+        return _FORWARD(*inputs, **options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _FORWARD(*inputs, **options)
+
+
+_LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 
 
 def _no_double_backward(ctx, *_):
     raise RuntimeError("mlstm: the gradient of the gradient is not implemented")
 
 
-torch.library.register_autograd(
-    "mlstm::forward", _forward_backward, setup_context=_forward_context, lib=_LIBRARY
-)
 torch.library.register_autograd("mlstm::backward", _no_double_backward, lib=_LIBRARY)
 
 
