@@ -140,21 +140,25 @@ def query(op, p):
     return needs
 
 
-def call(op, p, tensors, workspace=None):
-    """Runs an operation on the current stream. The workspace is poisoned, unless given."""
-    on_gpu = p.device == 2
-    first = next(t for t in tensors.values() if t is not None)
-    if workspace is None:
-        size = query(op, p).workspace_size
-        workspace = torch.full((size + 64,), 255, dtype=torch.uint8, device=first.device)
+def arguments(op, p, tensors, workspace):
+    """The struct of a call on the current stream. It does not keep the memory that it points to."""
     args = ARGS[op.split("_")[-1]](problem=ctypes.pointer(p))
     args.struct_size = ctypes.sizeof(args)
     base = -(-workspace.data_ptr() // 64) * 64
     args.workspace = base
     args.workspace_size = workspace.data_ptr() + workspace.numel() - base
-    if on_gpu:
-        args.stream = torch.cuda.current_stream(first.device).cuda_stream
+    if p.device == 2:
+        args.stream = torch.cuda.current_stream(workspace.device).cuda_stream
     for name, tensor in tensors.items():
         setattr(args, name, view(tensor))
-    check(getattr(lib, f"mlstm_{op}")(byref(args)))
+    return args
+
+
+def call(op, p, tensors, workspace=None):
+    """Runs an operation on the current stream. The workspace is poisoned, unless given."""
+    first = next(t for t in tensors.values() if t is not None)
+    if workspace is None:
+        size = query(op, p).workspace_size
+        workspace = torch.full((size + 64,), 255, dtype=torch.uint8, device=first.device)
+    check(getattr(lib, f"mlstm_{op}")(byref(arguments(op, p, tensors, workspace))))
     return workspace

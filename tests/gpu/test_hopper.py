@@ -225,6 +225,27 @@ def test_repeats_bit_for_bit(s, dims):
             assert torch.equal(again[name], wanted), name
 
 
+def test_addresses_of_other_tensors():
+    """Calls one after another on tensors at the same addresses but of other shapes, strides and
+    types: what the library keeps of an address must not stand for another tensor."""
+    memory = {}
+
+    def placed(name, t):
+        whole = memory.setdefault(name, torch.empty(1 << 20, device="cuda")).view(t.dtype)
+        return whole[: t.numel()].view(t.shape).copy_(t)
+
+    def placed_by_token(name, t):
+        tokens = t.dim() == 4 and "_" not in name
+        return placed(name, t.transpose(1, 2)).transpose(1, 2) if tokens else placed(name, t)
+
+    for _ in range(2):
+        check(Case(dtype=BF16, b=2, nh=2, s=200, dhqk=64, dhhv=128), prepare=placed)
+        check(Case(dtype=F16, b=2, nh=2, s=200, dhqk=64, dhhv=128), prepare=placed)
+        check(Case(dtype=BF16, b=1, nh=2, s=200, dhqk=128, dhhv=64), prepare=placed)
+        check(Case(dtype=BF16, b=1, nh=2, s=100, dhqk=128, dhhv=64), prepare=placed)
+        check(Case(dtype=BF16, b=2, nh=2, s=200, dhqk=64, dhhv=128), prepare=placed_by_token)
+
+
 def test_workspace_for_aligned_tensors_says_when_they_are_not():
     """A call that needs more than the query promised for aligned tensors writes nothing, and its
     status says how to go on."""
