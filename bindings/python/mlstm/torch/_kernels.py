@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from mlstm.torch._ops import cast_for_autocast, compute_dtype, forward, gates_as_accepted
+from mlstm.torch._ops import call, cast_for_autocast, compute_dtype, gates_as_accepted
 
 _NOTHING = nullcontext()
 
@@ -63,7 +63,8 @@ def sequence(
         dtype_state = torch.float64
     # The dtype is settled: the operator's own autocast must not change it.
     with torch.autocast(q.device.type, enabled=False) if autocast else _NOTHING:
-        h, _, _, *last = forward(
+        h, _, _, *last = call(
+            torch.ops.mlstm.forward.default,
             q,
             k,
             v,

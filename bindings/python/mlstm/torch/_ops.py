@@ -137,6 +137,22 @@ def _step_inplace_fake(q, k, v, *_, **__):
 # ---- autograd -----------------------------------------------------------------------------------
 
 
+def _is_recorded(inputs):
+    if torch.is_grad_enabled():
+        for t in inputs:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def call(op, *inputs, **options):
+    """`op`, not through its autograd kernel, which is in Python, where that would do nothing."""
+    if torch.compiler.is_compiling() or _is_recorded(inputs):
+        return op(*inputs, **options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs, **options)
+
+
 def _forward_below(keyset, inputs, options):
     with torch._C._AutoDispatchBelowAutograd():
         keyset = keyset & torch._C._after_autograd_keyset
@@ -178,7 +194,8 @@ class _Forward(torch.autograd.Function):
                 dm_last = given.new_zeros(given.shape[:2], dtype=compute_dtype(q))
         # The first two of needs_input_grad are keyset and options.
         initial_gradients = any(ctx.needs_input_grad[7:10])
-        *gradients, dc_initial, dn_initial, dm_initial = torch.ops.mlstm.backward.default(
+        *gradients, dc_initial, dn_initial, dm_initial = call(
+            torch.ops.mlstm.backward.default,
             dh,
             dc_last,
             dn_last,
@@ -194,27 +211,10 @@ class _Forward(torch.autograd.Function):
         return None, None, *gradients, dc_initial, dn_initial, dm_initial, None
 
 
-def _is_recorded(inputs):
-    if torch.is_grad_enabled():
-        for t in inputs:
-            if t is not None and t.requires_grad:
-                return True
-    return False
-
-
 def _forward_autograd(keyset, *inputs, **options):
     if _is_recorded(inputs):
         return _Forward.apply(keyset, options, *inputs)
     return _forward_below(keyset, inputs, options)
-
-
-def forward(*inputs, **options):
-    """torch.ops.mlstm.forward, without the way through `_forward_autograd` where that would do
-    nothing."""
-    if torch.compiler.is_compiling() or _is_recorded(inputs):
-        return _FORWARD(*inputs, **options)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*inputs, **options)
 
 
 _LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
