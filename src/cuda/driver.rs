@@ -140,22 +140,33 @@ fn without_capture<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     result
 }
 
-/// Makes a context current and, when dropped, the caller's one again.
-struct Current;
+/// Makes a context current and, when dropped, the caller's one again. Most callers have it current
+/// already.
+struct Current {
+    pushed: bool,
+}
 
 impl Current {
     fn push(context: sys::CUcontext) -> Result<Self> {
-        // SAFETY: a retained primary context.
-        check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(context) })?;
-        Ok(Self)
+        let mut current = std::ptr::null_mut();
+        // SAFETY: a valid out pointer.
+        check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&raw mut current) })?;
+        let pushed = current != context;
+        if pushed {
+            // SAFETY: a retained primary context.
+            check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(context) })?;
+        }
+        Ok(Self { pushed })
     }
 }
 
 impl Drop for Current {
     fn drop(&mut self) {
-        let mut context = std::ptr::null_mut();
-        // SAFETY: pops what `push` pushed; there is nothing to be done about an error.
-        unsafe { sys::cuCtxPopCurrent_v2(&raw mut context) };
+        if self.pushed {
+            let mut context = std::ptr::null_mut();
+            // SAFETY: pops what `push` pushed; there is nothing to be done about an error.
+            unsafe { sys::cuCtxPopCurrent_v2(&raw mut context) };
+        }
     }
 }
 
