@@ -104,6 +104,7 @@ struct BackwardShape {
   static constexpr int kSumAt = kVectorAt + kStages * kVectorStage;  // [group][warp][64 tokens]
   static constexpr int kEntryAt = kSumAt + (kAlongQk && kOutputs ? (kSplit ? 1 : kWgs) * 1024 : 0);
   static constexpr int kBarrierAt = kEntryAt + kWgs * 256;
+  static constexpr int kForgottenAt = kBarrierAt + 376;
   static constexpr int kBytes = kBarrierAt + 384 + 1024;
 };
 
@@ -242,6 +243,13 @@ struct BackwardBlock {
   __device__ __forceinline__ uint32_t bar(BackwardBarrier which, int place) const {
     return base + Shape::kBarrierAt + (which + place) * 8;
   }
+  // Whether what segments add is forgotten from here on: state warpgroups stop, and so do loads.
+  __device__ __forceinline__ bool is_forgotten() const {
+    return load_shared(base + Shape::kForgottenAt) != 0.0f;
+  }
+  __device__ __forceinline__ void set_forgotten(float x) const {
+    store_shared(base + Shape::kForgottenAt, x);
+  }
   static __device__ __forceinline__ int tile_of(int group) {
     return Shape::kSplit ? 0 : group * kTileBytes;
   }
@@ -252,6 +260,7 @@ struct BackwardBlock {
 
   __device__ __forceinline__ void prepare() const {
     if (threadIdx.x == 0) {
+      set_forgotten(0.0f);
       constexpr int kScored = Shape::kScored ? 1 : 0;
       constexpr int kFinal = Shape::kSplit ? 1 : Shape::kWgs;  // warpgroups that finish outputs
       for (int i = 0; i < 8; ++i) {
@@ -260,7 +269,7 @@ struct BackwardBlock {
       }
       for (int i = 0; i < 3; ++i) {
         barrier_init(bar(kKeysFull, i), 1);
-        barrier_init(bar(kKeysEmpty, i), Shape::kOutputs ? kFinal + kScored : 4 * Shape::kWgs);
+        barrier_init(bar(kKeysEmpty, i), kFinal + kScored);
         barrier_init(bar(kValuesFull, i), 1);
         barrier_init(bar(kValuesEmpty, i), 4 * (Shape::kWgs + kScored));
         barrier_init(bar(kDeltasFull, i), 1);
@@ -323,6 +332,7 @@ struct BackwardBlock {
         const int x = i * kParts + j;
         const uint32_t full = bar(kKeysFull, Units::slot(x));
         barrier_wait(bar(kKeysEmpty, Units::slot(x)), Units::phase(x) ^ 1);
+        if (!Shape::kOutputs && is_forgotten()) return await_loads(kKeysFull, i);
         barrier_expect(full, Shape::kUnitBytes);
         load_box(key(Units::slot(x)), &maps.keys, full, token, key0 + j * Shape::kStateSlabs, head,
                  batch);
@@ -340,6 +350,14 @@ struct BackwardBlock {
         load_box(own(Owns::slot(i), 0), &maps.own, full, token, slab0, head, batch);
       }
     }
+    if constexpr (!Shape::kOutputs) await_loads(kKeysFull, count);
+  }
+  // The loads of the last stages: a block that stops early must not end before them.
+  __device__ __forceinline__ void await_loads(BackwardBarrier full, int issued) const {
+    using Stages = Ring<Shape::kStages>;
+    for (int i = max(issued - Shape::kStages, 0); i < issued; ++i) {
+      barrier_wait(bar(full, Stages::slot(i)), Stages::phase(i));
+    }
   }
 
   // And scores, to or from memory.
@@ -352,6 +370,7 @@ struct BackwardBlock {
       const int index = static_cast<int>(chunk_index(args, first + chunk(i), head));
       if (leaves && i >= Shape::kStages) leave_scores(i - Shape::kStages);
       barrier_wait(bar(kValuesEmpty, stage), Stages::phase(i) ^ 1);
+      if (!Shape::kOutputs && is_forgotten()) return await_loads(kValuesFull, i);
       const int rho = Shape::kSweep == Sweep::kDq && needs_rho() ? args.rho_parts * 256 : 0;
       barrier_expect(full, Shape::kValueBytes + Shape::kVectorBytes + rho);
       if (rho != 0) load_row(w_delta(stage), &maps.rho, full, index);
@@ -365,9 +384,9 @@ struct BackwardBlock {
         load_box(score(Scores::slot(i)), &maps.scores, scores, index * 64, 0, 0, 0);
       }
     }
+    if constexpr (!Shape::kOutputs) await_loads(kValuesFull, count);
     if (leaves) {
       for (int i = max(count - Shape::kStages, 0); i < count; ++i) leave_scores(i);
-      store_wait();
     }
   }
   __device__ __forceinline__ void leave_scores(int i) const {
@@ -406,7 +425,6 @@ struct BackwardBlock {
       }
       __syncwarp();
     }
-    store_wait();
   }
   __device__ __forceinline__ void store_rows(int j, int chunk) const {
     const int column = (slab0 + j) * 64, len = length(chunk);

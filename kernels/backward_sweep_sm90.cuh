@@ -303,11 +303,13 @@ struct Sweeper {
   }
 
   // What a segment adds to the state from zero, from its end on: each chunk counts by what is left of it
-  // there, so that the state itself does not decay and products follow each other.
+  // there, so that the state itself does not decay and products follow each other. Where nothing is left
+  // any more the rest of the segment is not even loaded.
   __device__ __forceinline__ void sum_segment() const {
     const Ends<T, Shape> ends{block, group};
     State c;
     ends.start(c);
+    const bool leader = threadIdx.x % 128 == 0;
     const int lane = threadIdx.x & 31;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
     float factor = 1.0f, sum[2] = {0.0f, 0.0f};
@@ -322,35 +324,34 @@ struct Sweeper {
       barrier_wait(block.bar(kValuesFull, stage), Stages::phase(i));
       const int length = __float_as_int(load_shared(block.vectors(stage) + kSweepLengthAt));
       if (length < 64) clean(i, length);
-      // What is forgotten does not count, not even as 0 times NaN.
-      if (factor != 0.0f) weigh_part(i, 0);
+      weigh_part(i, 0);
     };
     begin(0);
-    for (int i = 0; i < block.count; ++i) {
+    for (int i = 0; i < block.count && factor != 0.0f; ++i) {
       const int stage = Stages::slot(i);
       const uint32_t keys = block.key(Units::slot(i));
       const float g = load_shared(block.vectors(stage) + kSweepDecayAt);
       barrier_wait(block.bar(kKeysFull, Units::slot(i)), Units::phase(i));
-      if (factor != 0.0f) {
-        pin<32 * Shape::kStateSlabs>(c);
-        update(c, a[0], keys);
+      pin<32 * Shape::kStateSlabs>(c);
+      update(c, a[0], keys);
 #pragma unroll
-        for (int j = 1; j < 4; ++j) {
-          if (j >= 2) wgmma_wait<1>();
-          weigh_part(i, j);
-          update(c, a[j & 1], keys + j * 2048);
-        }
+      for (int j = 1; j < 4; ++j) {
+        if (j >= 2) wgmma_wait<1>();
+        weigh_part(i, j);
+        update(c, a[j & 1], keys + j * 2048);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(block.bar(kValuesEmpty, stage));
       factor *= g;
+      __syncwarp();
+      if (lane == 0) {
+        // Before the arrivals by which loads go on.
+        if (factor == 0.0f) block.set_forgotten(1.0f);
+        barrier_arrive(block.bar(kValuesEmpty, stage));
+      }
       wgmma_wait<1>();
-      if (i + 1 < block.count) begin(i + 1);
+      if (i + 1 < block.count && factor != 0.0f) begin(i + 1);
       wgmma_wait<0>();
       pin<32 * Shape::kStateSlabs>(c);
-      // By each warp: where nothing counts any more, no product keeps a warpgroup together.
-      __syncwarp();
-      if (lane == 0) barrier_arrive(block.bar(kKeysEmpty, Units::slot(i)));
+      if (leader) barrier_arrive(block.bar(kKeysEmpty, Units::slot(i)));
     }
     if constexpr (kHasVector) {
       const float e[2] = {quad_sum(sum[0]), quad_sum(sum[1])};

@@ -328,7 +328,7 @@ struct Outputs {
       }
       if (group == Shape::kWgs - 1) block.load_keys(i + Shape::kStages, warp);
     }
-    if (leader) store_wait();
+    if (leader) store_wait_read();
     block.sync_group(group);
     block.last_state(c, group);
   }

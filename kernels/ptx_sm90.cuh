@@ -130,12 +130,9 @@ __device__ __forceinline__ void store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Waits until this thread's stores have read shared memory, or are done altogether.
+// Waits until this thread's stores have read shared memory. They are done when the kernel is.
 __device__ __forceinline__ void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-__device__ __forceinline__ void store_wait() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 // Ordinary writes to shared memory before it are seen by the copy engine and by wgmma after it (and

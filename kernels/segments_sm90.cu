@@ -3,11 +3,37 @@
 //   segments_dn_*   dn of a segment, 64 columns   block per row, head, slab of DHQK, segment but the
 //                                                 first; 512 threads
 #include "backward_sweep_sm90.cuh"
+#include "gatemath.cuh"
 
 namespace mlstm {
 namespace {
 
 constexpr int kDnWarps = 16;
+
+// How many of some chunks, from the first on, leave anything of what is after the last of them: in float
+// the product of their g is not zero yet. By a warp.
+__device__ __forceinline__ int remembered(const Args& args, int64_t first, int head, int count,
+                                          int lane) {
+  constexpr int kAtOnce = 8;
+  constexpr float kNothing = -150.0f;  // logarithm of what is zero
+  float before = 0.0f;
+  for (int base = 0; base < count; base += 32 * kAtOnce) {
+    float g[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t c = first + min(base + j * 32 + lane, count - 1);
+      g[j] = args.packed[chunk_index(args, c, head) * kBackwardFloats + kSweepDecayAt / 4];
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const float sum = before + inclusive_sum(log2f(g[j]), lane);
+      const unsigned gone = __ballot_sync(kFullWarp, sum < kNothing);
+      if (gone != 0) return min(base + j * 32 + __ffs(gone), count);
+      before = __shfl_sync(kFullWarp, sum, 31);
+    }
+  }
+  return count;
+}
 
 // dn before the segment with none after it: sum_c (product of g before c) sum_x (w delta q)_x. A warp
 // takes some chunks in a row, a thread 8 columns of every fourth token.
@@ -27,9 +53,10 @@ __device__ __forceinline__ void segment_dn(const Args& args) {
   const int64_t begin = first_chunk(args, row);
   const int total = static_cast<int>(first_chunk(args, row + 1) - begin);
   const int per = chunks_per_segment(args, total);
-  const int from = min(segment * per, total), count = min(per, total - from);
-  if (count == 0) return;
+  const int from = min(segment * per, total), all_chunks = min(per, total - from);
+  if (all_chunks == 0) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % 8;
+  const int count = remembered(args, begin + from, head, all_chunks, lane);
   float sum[8] = {};
   float decay = 1.0f;
   for (int x = count * warp / kDnWarps; x < count * (warp + 1) / kDnWarps; ++x) {
