@@ -48,7 +48,7 @@ __device__ __forceinline__ void pack_backward(const Args& args) {
       inv[j] = reciprocal_approx(fmaxf(fabsf(n[j]), floor) + eps);
       if (exact && fabsf(n[j]) > floor) sign[j] = n[j] < 0.0f ? 1.0f : -1.0f;
     }
-    row[j] = inside ? x.phi[j] + __log2f(fabsf(scale) * inv[j]) : static_cast<float>(kNever);
+    row[j] = inside ? x.phi[j] + __log2f(scale * inv[j]) : static_cast<float>(kNever);
     col[j] = inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
     source[j] = inside ? fast_input(x, j) : 0.0f;
     wsi[j] = inside ? exp2_approx(x.phi[j]) * scale * inv[j] : 0.0f;

@@ -59,9 +59,6 @@ struct Scorer {
     }
   }
 
-  // Rows hold the logarithm of s without its sign, which goes to what D is multiplied with.
-  __device__ __forceinline__ bool is_negative() const { return block.args.qk_scale < 0.0; }
-
   // P = D (x + delta) to shared memory, and zero where rows or columns are beyond the chunk's end.
   __device__ __forceinline__ void put(float (&x)[32], const float (&delta)[2], uint32_t tile,
                                       uint32_t vectors, int length) const {
@@ -194,7 +191,7 @@ struct Scorer {
       float* record =
           args.packed + chunk_index(args, block.first + chunk, block.head) * kBackwardFloats;
       record[kWDeltaAt / 4 + column_order(t)] = delta.w_delta;
-      record[kColumnDeltaAt / 4 + column_order(t)] = is_negative() ? -delta.delta : delta.delta;
+      record[kColumnDeltaAt / 4 + column_order(t)] = delta.delta;
     } else if ((args.flags & kExponential) != 0) {
       float* dm = static_cast<float*>(args.dm) +
                   token_index(args, block.batch, block.head, block.start(chunk) + t);
@@ -209,7 +206,6 @@ struct Scorer {
 
   __device__ __forceinline__ void run() const {
     const bool rho = Shape::kSweep == Sweep::kDv && block.needs_rho();
-    const bool negative = is_negative();
     const int count = block.count;
     for (int i = 0; i < count; ++i) {
       const int chunk = block.chunk(i), stage = Stages::slot(i), to = ScoreStages::slot(i);
@@ -226,12 +222,6 @@ struct Scorer {
         delta[1] = load_shared(block.delta(stage) + r * 4 + 32);
       }
       finish(x, i);
-      if (negative) {
-#pragma unroll
-        for (int z = 0; z < 32; ++z) x[z] = -x[z];
-        delta[0] = -delta[0];
-        delta[1] = -delta[1];
-      }
       barrier_wait(block.bar(kScoresEmpty, to), ScoreStages::phase(i) ^ 1);
       put(x, delta, block.score(to), vectors, block.length(chunk));
       async_proxy_fence();

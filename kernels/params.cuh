@@ -72,10 +72,10 @@ constexpr int kPackedFloats = kPackedDecay + 4;
 constexpr double kNear = -256.0;
 
 // Their backward's, also one piece per chunk and head, in floats, of which each sweep copies a part:
-// inv; the sign of delta / rho (0 where delta is 0); row + log2(|s| inv); col, in the order of columns; a
+// inv; the sign of delta / rho (0 where delta is 0); row + log2(s inv); col, in the order of columns; a
 // and w s inv, in the order of columns; g and, as an integer, the length of a chunk that the next
-// sequence's tokens follow, else 64; col; row + log2(|s| inv), in the order of columns; w delta, in the
-// order of columns; delta with s's sign, in the order of columns. Beyond the chunk's end all are 0 but col and row,
+// sequence's tokens follow, else 64; col; row + log2(s inv), in the order of columns; w delta, in the
+// order of columns; delta, in the order of columns. Beyond the chunk's end all are 0 but col and row,
 // which are kNever. Byte offsets:
 constexpr int kInvAt = 0;
 constexpr int kSignAt = 256;

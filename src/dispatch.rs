@@ -110,12 +110,13 @@ fn suits_hopper(op: Op, problem: &Problem) -> bool {
         && (!backward || suits_hopper_backward(p))
 }
 
-/// What the backward needs beyond that: the copy engine counts the tokens of all heads in 32 bits.
+/// What the backward needs beyond that: sweeps take logarithms of the scale, and the copy engine counts
+/// the tokens of all heads in 32 bits.
 fn suits_hopper_backward(problem: &Problem) -> bool {
     let p = problem;
     let chunks = (p.s + HOPPER_CHUNK - 1) / HOPPER_CHUNK + p.num_seqs.unwrap_or(0);
     let heads = p.b.saturating_mul(p.nh);
-    heads.saturating_mul(chunks).saturating_mul(HOPPER_CHUNK) < 1 << 31
+    p.qk_scale > 0.0 && heads.saturating_mul(chunks).saturating_mul(HOPPER_CHUNK) < 1 << 31
 }
 
 /// Columns of DHHV that one block of the Hopper kernels takes.
