@@ -3,11 +3,11 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int, c_uint, c_void};
-use std::sync::{Mutex, OnceLock};
+use std::sync::OnceLock;
 
 use cudarc::driver::sys;
 
-use super::modules::{IMAGES, Image};
+use super::modules::IMAGES;
 use crate::error::{Error, Result};
 use crate::workspace::Stream;
 
@@ -45,9 +45,6 @@ fn compute_capability(index: i32) -> Option<(c_int, c_int)> {
     let minor = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
     Some((attribute(device, major).ok()?, attribute(device, minor).ok()?))
 }
-
-/// Threads that load a device's kernels.
-const LOADERS: usize = 8;
 
 /// Compute capability of the H100 and H200.
 const HOPPER: (c_int, c_int) = (9, 0);
@@ -201,10 +198,19 @@ impl Device {
                  (Ampere) or newer"
             )));
         }
-        let loader = Loader { context, shared_limit: shared };
-        let is_hopper = (major, minor) == HOPPER;
-        let images = IMAGES.iter().filter(|image| is_hopper || !image.hopper_only).collect();
-        let kernels = loader.load_all(images)?;
+        let _current = Current::push(context)?;
+        let mut kernels = HashMap::new();
+        for image in IMAGES {
+            if image.hopper_only && (major, minor) != HOPPER {
+                continue;
+            }
+            let mut module = std::ptr::null_mut();
+            // SAFETY: a complete fatbin, aligned, in memory that is never freed.
+            check(&format!("loading the kernels of {}.cu", image.name), unsafe {
+                sys::cuModuleLoadData(&raw mut module, image.code.0.as_ptr().cast())
+            })?;
+            load_functions(module, shared, &mut kernels)?;
+        }
         Ok(Self { context, kernels, shared_limit: shared, capability: (major, minor) })
     }
 
@@ -275,63 +281,6 @@ impl Device {
                 std::ptr::null_mut(),
             )
         })
-    }
-}
-
-/// What it takes to load kernels.
-#[derive(Clone, Copy)]
-struct Loader {
-    context: sys::CUcontext,
-    shared_limit: c_int,
-}
-
-// SAFETY: as for `Device`.
-unsafe impl Send for Loader {}
-// SAFETY: as for `Device`.
-unsafe impl Sync for Loader {}
-
-/// Loaded kernels by name.
-struct Kernels(HashMap<String, Kernel>);
-
-// SAFETY: as for `Device`.
-unsafe impl Send for Kernels {}
-
-impl Loader {
-    /// All kernels of all images, several at once: with one thread it takes longer.
-    fn load_all(self, images: Vec<&Image>) -> Result<HashMap<String, Kernel>> {
-        let queue = Mutex::new(images);
-        let next = || queue.lock().ok().and_then(|mut images| images.pop());
-        let work = || {
-            without_capture(|| {
-                let _current = Current::push(self.context)?;
-                let mut kernels = HashMap::new();
-                while let Some(image) = next() {
-                    self.load(image, &mut kernels)?;
-                }
-                Ok(Kernels(kernels))
-            })
-        };
-        std::thread::scope(|scope| {
-            // Where there are no more threads to be had, the present one does it all.
-            let helper = || std::thread::Builder::new().spawn_scoped(scope, work).ok();
-            let helpers: Vec<_> = (1..LOADERS).map_while(|_| helper()).collect();
-            let mut kernels = work()?.0;
-            for helper in helpers {
-                let loaded = helper.join();
-                let panicked = || Error::Internal("loading the CUDA kernels panicked".into());
-                kernels.extend(loaded.map_err(|_| panicked())??.0);
-            }
-            Ok(kernels)
-        })
-    }
-
-    fn load(self, image: &Image, kernels: &mut HashMap<String, Kernel>) -> Result<()> {
-        let mut module = std::ptr::null_mut();
-        // SAFETY: a complete fatbin, aligned, in memory that is never freed.
-        check(&format!("loading the kernels of {}.cu", image.name), unsafe {
-            sys::cuModuleLoadData(&raw mut module, image.code.0.as_ptr().cast())
-        })?;
-        load_functions(module, self.shared_limit, kernels)
     }
 }
 
