@@ -202,8 +202,9 @@ fn embed(sources: &[PathBuf], out: &Path) -> Result<(), String> {
         let name = stem(source);
         let _ = writeln!(
             code,
-            "    Image {{ name: \"{name}\", hopper_only: {}, code: &Aligned(*include_bytes!(\
+            "    Image {{ name: \"{name}\", backward: {}, hopper_only: {}, code: &Aligned(*include_bytes!(\
              concat!(env!(\"OUT_DIR\"), \"/{name}.fatbin\"))) }},",
+            name.starts_with("backward_") || name.starts_with("gategrad"),
             name.ends_with("_sm90")
         );
     }

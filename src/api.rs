@@ -43,7 +43,7 @@ fn decide_to_run(op: Op, problem: &Problem, tiled: bool) -> Result<(Plan, usize)
     }
     // What the problem lacks comes before what the machine lacks.
     let generic = decide(op, problem, false)?;
-    cuda::preload(problem.device_index)?;
+    cuda::prepare(op, problem.device_index)?;
     if tiled && cuda::is_hopper(problem.device_index) == Some(true) {
         return decide(op, problem, true);
     }
@@ -60,6 +60,10 @@ mod cuda {
     }
 
     pub(super) fn preload(_device_index: i32) -> Result<()> {
+        Err(no_cuda())
+    }
+
+    pub(super) fn prepare(_op: Op, _device_index: i32) -> Result<()> {
         Err(no_cuda())
     }
 

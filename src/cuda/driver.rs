@@ -14,7 +14,9 @@ use crate::workspace::Stream;
 /// A device with its kernels loaded.
 pub(super) struct Device {
     context: sys::CUcontext,
-    kernels: HashMap<String, Kernel>,
+    kernels: Kernels,
+    /// Those that only backwards need, loaded by the first one.
+    backward: OnceLock<Result<Kernels>>,
     /// Most shared memory a block can have, bytes.
     shared_limit: c_int,
     capability: (c_int, c_int),
@@ -53,6 +55,8 @@ const HOPPER: (c_int, c_int) = (9, 0);
 unsafe impl Send for Device {}
 // SAFETY: as above; nothing changes after `open`.
 unsafe impl Sync for Device {}
+
+type Kernels = HashMap<String, Kernel>;
 
 struct Kernel {
     function: sys::CUfunction,
@@ -198,10 +202,29 @@ impl Device {
                  (Ampere) or newer"
             )));
         }
-        let _current = Current::push(context)?;
-        let mut kernels = HashMap::new();
-        for image in IMAGES {
-            if image.hopper_only && (major, minor) != HOPPER {
+        let mut device = Self {
+            context,
+            kernels: Kernels::new(),
+            backward: OnceLock::new(),
+            shared_limit: shared,
+            capability: (major, minor),
+        };
+        device.kernels = device.load(false)?;
+        Ok(device)
+    }
+
+    /// Loads what backwards need, unless it is there.
+    pub(super) fn load_backward(&self) -> Result<()> {
+        let kernels = self.backward.get_or_init(|| without_capture(|| self.load(true)));
+        kernels.as_ref().map(|_| ()).map_err(Clone::clone)
+    }
+
+    /// The kernels that backwards alone need, or the others.
+    fn load(&self, backward: bool) -> Result<Kernels> {
+        let _current = Current::push(self.context)?;
+        let mut kernels = Kernels::new();
+        for image in IMAGES.iter().filter(|image| image.backward == backward) {
+            if image.hopper_only && self.capability != HOPPER {
                 continue;
             }
             let mut module = std::ptr::null_mut();
@@ -209,24 +232,28 @@ impl Device {
             check(&format!("loading the kernels of {}.cu", image.name), unsafe {
                 sys::cuModuleLoadData(&raw mut module, image.code.0.as_ptr().cast())
             })?;
-            load_functions(module, shared, &mut kernels)?;
+            load_functions(module, self.shared_limit, &mut kernels)?;
         }
-        Ok(Self { context, kernels, shared_limit: shared, capability: (major, minor) })
+        Ok(kernels)
+    }
+
+    fn find(&self, name: &str) -> Option<&Kernel> {
+        let backward = || self.backward.get()?.as_ref().ok()?.get(name);
+        self.kernels.get(name).or_else(backward)
     }
 
     fn kernel(&self, name: &str) -> Result<&Kernel> {
-        self.kernels
-            .get(name)
-            .ok_or_else(|| Error::Internal(format!("there is no CUDA kernel {name}")))
+        self.find(name).ok_or_else(|| Error::Internal(format!("there is no CUDA kernel {name}")))
     }
 
     /// The geometry of a kernel, `None` if there is no such kernel or it does not fit this device.
     pub(super) fn geometry(&self, name: &str) -> Option<Geometry> {
-        let geometry = self.kernels.get(name)?.geometry;
+        let geometry = self.find(name)?.geometry;
         (geometry.shared <= self.shared_limit).then_some(geometry)
     }
 
-    /// Work on this device: launches in `work` go to its context, the caller's is left as it was.
+    /// Work on this device: launches and tensor maps in `work` have its context, the caller's is left as
+    /// it was.
     pub(super) fn enqueue(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
         let _current = Current::push(self.context)?;
         work()

@@ -19,17 +19,17 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     let (dhqk, columns) = (padded_dhqk(p), dispatch::hopper_columns(p));
     let shape = format!("{}_{dhqk}x{columns}", run.data());
     let blocks = run.heads() * ceil_div(p.dhhv, columns);
-    let count = args.num_chunks * p.nh;
-    let vectors = Vectors { first: args.buffers.packed, pitch: PACKED_BYTES, count };
-    let hopper = HopperArgs {
-        q: maps::tensor_map(&t.q, dhqk / 64)?,
-        k: maps::tensor_map(&t.k, 1)?,
-        v: maps::tensor_map(&t.v, columns / 64)?,
-        h: maps::tensor_map(&t.h, 1)?,
-        packed: vectors.map(0..PACKED_BYTES)?,
-        args,
-    };
     run.device.enqueue(|| {
+        let count = args.num_chunks * p.nh;
+        let vectors = Vectors { first: args.buffers.packed, pitch: PACKED_BYTES, count };
+        let hopper = HopperArgs {
+            q: maps::tensor_map(&t.q, dhqk / 64)?,
+            k: maps::tensor_map(&t.k, 1)?,
+            v: maps::tensor_map(&t.v, columns / 64)?,
+            h: maps::tensor_map(&t.h, 1)?,
+            packed: vectors.map(0..PACKED_BYTES)?,
+            args,
+        };
         gates(&run)?;
         if plan.segments > 1 {
             sweeps::segment_states(&run, "segments_c", &t.v, &t.k, &vectors)?;

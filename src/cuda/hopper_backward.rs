@@ -99,12 +99,7 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
         scores.shape = [1, 1, chunks * 64, 64];
         scores.stride = [chunks * 64 * 64, chunks * 64 * 64, 64, 1];
     }
-    let scores = maps::tensor_map(&scores, 1)?;
     let vectors = Vectors { first: args.buffers.packed, pitch: BACKWARD_BYTES, count: chunks };
-    // Turns have their own rho.
-    let records = Records { scores, rho: scores, vectors };
-    let dv_maps = Tiles::dv(t).maps(&sweep_dv, &records, DV_VECTORS)?;
-    let turns = turns(p, t, &args, &records)?;
 
     let data = run.data();
     let heads = run.heads();
@@ -112,13 +107,18 @@ pub(super) fn backward(call: &Bw, plan: &Plan, workspace: Workspace, stream: Str
         device.launch(stream, name, blocks, true, &BackwardArgs { maps, args })
     };
     device.enqueue(|| {
+        let scores = maps::tensor_map(&scores, 1)?;
+        // Turns have their own rho.
+        let records = Records { scores, rho: scores, vectors };
+        let dv_maps = Tiles::dv(t).maps(&sweep_dv, &records, DV_VECTORS)?;
+        let turns = turns(p, t, &args, &records)?;
         for copy in &copies.before {
             device.launch(stream, "copy_states", heads * p.dhqk, false, copy)?;
         }
         run.gates_by("gates_reduce_fast", "gates_pack_backward")?;
         if plan.segments > 1 {
-            sweeps::segment_states(&run, "segments_c", &t.v, &t.k, &records.vectors)?;
-            sweeps::segment_states(&run, "segments_dc", &t.dh, &t.q, &records.vectors)?;
+            sweeps::segment_states(&run, "segments_c", &t.v, &t.k, &vectors)?;
+            sweeps::segment_states(&run, "segments_dc", &t.dh, &t.q, &vectors)?;
         }
         let blocks = heads * plan.segments;
         launch(&sweep_dv.kernel("backward_dv", data), blocks * sweep_dv.blocks(), dv_maps, args)?;

@@ -23,7 +23,16 @@ use crate::workspace::{Stream, Workspace};
 
 /// Loads the device's kernels.
 pub(crate) fn preload(device_index: i32) -> Result<()> {
-    driver::device(device_index).map(|_| ())
+    driver::device(device_index)?.load_backward()
+}
+
+/// Loads those that an operation needs.
+pub(crate) fn prepare(op: Op, device_index: i32) -> Result<()> {
+    let device = driver::device(device_index)?;
+    match op {
+        Op::ChunkwiseBw | Op::ParallelBw => device.load_backward(),
+        Op::ChunkwiseFw | Op::ParallelFw | Op::Step => Ok(()),
+    }
 }
 
 /// Enqueues a forward.

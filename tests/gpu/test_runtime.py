@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """How the library behaves among other users of the device: graphs, streams, threads, errors."""
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -37,6 +38,8 @@ def workspaces(x):
 
 
 CAPTURE = """
+import sys
+
 import torch
 import mlstm_c
 from cases import Case
@@ -45,7 +48,8 @@ from test_runtime import run, tensors, workspaces
 case = Case(dtype=torch.bfloat16, s=300, dhqk=64, dhhv=128, initial=False, last=False)
 x, out, grads = tensors(case)
 memory = workspaces(x)
-mlstm_c.check(mlstm_c.lib.mlstm_preload(2, 0))
+if sys.argv[1] == "preloaded":
+    mlstm_c.check(mlstm_c.lib.mlstm_preload(2, 0))
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
@@ -68,9 +72,10 @@ print("captured")
 """
 
 
-def test_first_call_in_a_graph():
-    """In a process of its own: nothing has run before the capture but mlstm_preload."""
-    done = subprocess.run([sys.executable, "-c", CAPTURE], capture_output=True, text=True)
+@pytest.mark.parametrize("before", ["preloaded", "nothing"])
+def test_first_call_in_a_graph(before):
+    """In a process of its own: nothing has run before the capture, or mlstm_preload alone."""
+    done = subprocess.run([sys.executable, "-c", CAPTURE, before], capture_output=True, text=True)
     assert done.returncode == 0 and "captured" in done.stdout, done.stdout + done.stderr
 
 
@@ -118,6 +123,37 @@ def test_streams_and_threads():
         for name in alone:
             assert torch.equal(alone[name], got[name]), (seed, name)
     assert len(results) == 8
+
+
+def test_threads_without_a_context():
+    """Calls in a thread that has done nothing on the device before."""
+    case = Case(dtype=BF16, s=300, dhqk=64, dhhv=128)
+    x, out, grads = tensors(case)
+    memory = workspaces(x)
+    p = mlstm_c.problem(x)
+    gates = {n: x[n] for n in ("q", "k", "v", "i", "f")}
+    forward = mlstm_c.arguments("chunkwise_fw", p, gates | out, memory[0])
+    all_tensors = gates | out | {"dh": x["dh"]} | grads
+    backward = mlstm_c.arguments("chunkwise_bw", p, all_tensors, memory[1])
+    torch.cuda.synchronize()
+    failures = []
+
+    def work():
+        try:
+            mlstm_c.check(mlstm_c.lib.mlstm_chunkwise_fw(ctypes.byref(forward)))
+            mlstm_c.check(mlstm_c.lib.mlstm_chunkwise_bw(ctypes.byref(backward)))
+        except mlstm_c.Error as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures
+    torch.cuda.synchronize()
+    got = {n: t.clone() for n, t in (out | grads).items()}
+    run(case, x, out, grads, memory)
+    for n, t in (out | grads).items():
+        assert not t.isnan().any() and torch.equal(got[n], t), n
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
