@@ -67,7 +67,7 @@ struct Scores {
       Product s;
       multiply(s, block.query(stage), block.key(stage));
       // For n after this chunk: under all that follows, if there are registers for it.
-      constexpr bool kEarly = Shape::kSlabs < 4;
+      constexpr bool kEarly = !Shape::kSplit;
       constexpr int kPart = Shape::kSplit ? 4 : Shape::kSlabs;
       float keys[kPart][4];
       if constexpr (kEarly) block.sum_keys(keys, 0, stage);
@@ -155,40 +155,48 @@ struct Outputs {
 
   using State = typename Shape::State;
 
-  // O^T = C^T q^T, by half slabs: while one is multiplied, the next is packed and the last decayed,
-  // and between them meanwhile(0 ... 3) is called.
+  // O^T = C^T q^T, by some columns of C: while they are multiplied, the next are packed and the last
+  // decayed, and between them meanwhile(0 ... 3) is called.
   template <typename F>
   static __device__ __forceinline__ void multiply(float (&o)[32], State& c, uint32_t q, float g,
                                                   F meanwhile) {
-    uint64_t b = operand(q, 16, 1024);
-    uint32_t a[2][2][4];
+    // Sixteens of columns in a step, and steps in flight.
+    constexpr int kWide = Shape::kStateSlabs == 4 ? 1 : 2;
+    constexpr int kBuffers = Shape::kStateSlabs == 4 ? 3 : 2;
+    constexpr int kSteps = 4 * Shape::kStateSlabs / kWide;
+    const uint64_t b = operand(q, 16, 1024);
+    uint32_t a[kBuffers][kWide][4];
     // Nothing is in flight here, but the compiler does not see as far as the last update's wait.
     wgmma_wait<0>();
     pin<32 * Shape::kStateSlabs>(c);
     pin<32>(o);
 #pragma unroll
-    for (int h = 0; h < 2 * Shape::kStateSlabs; ++h) {
-      if (h >= 2) wgmma_wait<1>();
-      pin<16>(c + 16 * h);
+    for (int step = 0; step < kSteps; ++step) {
+      if (step >= kBuffers) wgmma_wait<kBuffers - 1>();
+      uint32_t(&own)[kWide][4] = a[step % kBuffers];
+      float* columns = c + 8 * kWide * step;
+      pin<8 * kWide>(columns);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        a[h & 1][i / 4][i % 4] = pack_operand<T>(c[16 * h + 2 * i], c[16 * h + 2 * i + 1]);
+      for (int x = 0; x < 4 * kWide; ++x) {
+        own[x / 4][x % 4] = pack_operand<T>(columns[2 * x], columns[2 * x + 1]);
       }
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        wgmma<0>(o, a[h & 1][i], b + (h / 2) * (kTileBytes / 16) + ((h & 1) * 2 + i) * 2, h + i > 0,
-                 T{});
+      for (int x = 0; x < kWide; ++x) {
+        const int sixteen = step * kWide + x;
+        wgmma<0>(o, own[x], b + sixteen / 4 * (kTileBytes / 16) + sixteen % 4 * 2, sixteen > 0, T{});
       }
       wgmma_commit();
-      pin<16>(c + 16 * h);
+      pin<8 * kWide>(columns);
       // Volatile, or the compiler would do all of it at the end.
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        asm volatile("mul.f32 %0, %0, %1;" : "+f"(c[16 * h + i]) : "f"(g));
+      for (int x = 0; x < 8 * kWide; ++x) {
+        asm volatile("mul.f32 %0, %0, %1;" : "+f"(columns[x]) : "f"(g));
       }
-      if (Shape::kStateSlabs < 4) meanwhile(h);
-      if (Shape::kStateSlabs == 1) meanwhile(h + 2);
+      if constexpr (Shape::kStateSlabs < 4) {
+#pragma unroll
+        for (int j = step * 4 / kSteps; j < (step + 1) * 4 / kSteps; ++j) meanwhile(j);
+      }
     }
     wgmma_wait<0>();
     pin<32>(o);
@@ -234,10 +242,11 @@ struct Outputs {
   }
 
   // h of one chunk through shared memory, and N.
-  __device__ __forceinline__ void put(const float (&o)[32], int i, bool writes_n) const {
+  __device__ __forceinline__ void put(const float (&o)[32], int i) const {
     const int tid = opaque(static_cast<int>(threadIdx.x % 128));
     const int lane = tid & 31, warp = tid >> 5;
-    writes_n = writes_n && tid < block.length(i);
+    const bool writes_n = group == 0 && block.slab0 == 0 && block.args.n.data != nullptr &&
+                          tid < block.length(i);
     const float n = writes_n ? load_shared(block.sums(i & 1) + tid * 4) : 0.0f;
     const uint32_t tile = block.output(group);
     const uint32_t den = block.den(i & 1);
@@ -263,7 +272,6 @@ struct Outputs {
   }
 
   __device__ __forceinline__ void run() const {
-    const bool writes_n = group == 0 && block.is_first_slice() && block.args.n.data != nullptr;
     State c;
     block.first_state(c, group);
     const bool leader = threadIdx.x % 128 == 0;
@@ -316,7 +324,7 @@ struct Outputs {
         wgmma_wait<1>();
         pin<32>(o);
         barrier_wait(block.bar(kDenFull, i & 1), i >> 1 & 1);
-        put(o, i, writes_n);
+        put(o, i);
         if (leader) barrier_arrive(block.bar(kScoreEmpty, i & 1));
       }
       if (group == Shape::kWgs - 1) block.load_queries(i + Shape::kStages, warp);

@@ -107,19 +107,19 @@ __device__ __forceinline__ void pack_vectors(const Args& args) {
                 shared[threadIdx.x / 32]);
 }
 
-constexpr int kWholeWarps = 8;
 constexpr int kWholePerWarp = 2;  // chunks, which stay in registers
-constexpr int kWholeChunks = kWholeWarps * kWholePerWarp;
 
-// For the exponential gate. A row has at most kBlocks * kWholeChunks chunks; each block learns the effects
-// on m of all, and scans them.
-template <typename T, int kBlocks>
-__device__ __forceinline__ void whole(const Args& args) {
+// For the exponential gate and rows of at most kChunks chunks. Each block learns the effects on m of all,
+// and scans them.
+template <typename T, int kChunks, int kBlocks>
+__device__ __forceinline__ void whole(const Args& args, unsigned char* smem) {
   start_dependents();
   cluster_arrive<kBlocks>();
   wait_for_previous();
-  __shared__ Packed<T> shared[kWholeWarps];
-  __shared__ float2 all_effects[kBlocks * kWholeChunks];
+  constexpr int kWholeChunks = kChunks / kBlocks;
+  constexpr int kWholeWarps = kWholeChunks / kWholePerWarp;
+  auto* shared = reinterpret_cast<Packed<T>*>(smem);
+  __shared__ float2 all_effects[kChunks];
   __shared__ float chunk_m[kWholeChunks];  // before each chunk
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0);
@@ -164,7 +164,7 @@ __device__ __forceinline__ void whole(const Args& args) {
   cluster_arrive<kBlocks>();
   cluster_wait<kBlocks>();
   if (warp == 0) {
-    constexpr int kPerLane = div_up(kBlocks * kWholeChunks, 32);
+    constexpr int kPerLane = div_up(kChunks, 32);
     MaxPlus chunks[kPerLane];
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
@@ -211,18 +211,22 @@ MLSTM_GEOMETRY(gates_reduce_fast, mlstm::kWarps, 1, 128, 0)
 MLSTM_GATES_PACK(__nv_bfloat16, bf16)
 MLSTM_GATES_PACK(__half, f16)
 
-// Rows: chunks of a cluster.
-#define MLSTM_GATES_WHOLE(T, SUFFIX, BLOCKS)                                       \
-  extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(256, 4)    \
-      gates_whole_##SUFFIX##_x##BLOCKS(const __grid_constant__ Args args) {        \
-    mlstm::whole<T, BLOCKS>(args);                                                 \
-  }                                                                                \
-  MLSTM_GEOMETRY(gates_whole_##SUFFIX##_x##BLOCKS, BLOCKS* mlstm::kWholeChunks, 1, \
-                 32 * mlstm::kWholeWarps, 0)
-#define MLSTM_GATES_WHOLES(T, SUFFIX) \
-  MLSTM_GATES_WHOLE(T, SUFFIX, 1)     \
-  MLSTM_GATES_WHOLE(T, SUFFIX, 2)     \
-  MLSTM_GATES_WHOLE(T, SUFFIX, 4)     \
-  MLSTM_GATES_WHOLE(T, SUFFIX, 8)
+// Rows: chunks of a cluster; columns: its blocks. Clusters take longer to launch than large blocks.
+#define MLSTM_GATES_WHOLE(T, SUFFIX, CHUNKS, BLOCKS)                                        \
+  extern "C" __global__ void __cluster_dims__(BLOCKS)                                       \
+      __launch_bounds__(32 * CHUNKS / BLOCKS / mlstm::kWholePerWarp)                        \
+          gates_whole_##SUFFIX##_##CHUNKS(const __grid_constant__ Args args) {              \
+    extern __shared__ unsigned char smem[];                                                 \
+    mlstm::whole<T, CHUNKS, BLOCKS>(args, smem);                                            \
+  }                                                                                         \
+  MLSTM_GEOMETRY(gates_whole_##SUFFIX##_##CHUNKS, CHUNKS, BLOCKS,                           \
+                 32 * CHUNKS / BLOCKS / mlstm::kWholePerWarp,                               \
+                 CHUNKS / BLOCKS / mlstm::kWholePerWarp * static_cast<int>(sizeof(mlstm::Packed<T>)))
+#define MLSTM_GATES_WHOLES(T, SUFFIX)  \
+  MLSTM_GATES_WHOLE(T, SUFFIX, 16, 1)  \
+  MLSTM_GATES_WHOLE(T, SUFFIX, 32, 1)  \
+  MLSTM_GATES_WHOLE(T, SUFFIX, 64, 1)  \
+  MLSTM_GATES_WHOLE(T, SUFFIX, 128, 2) \
+  MLSTM_GATES_WHOLE(T, SUFFIX, 256, 4)
 MLSTM_GATES_WHOLES(__nv_bfloat16, bf16)
 MLSTM_GATES_WHOLES(__half, f16)

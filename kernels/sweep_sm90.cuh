@@ -43,10 +43,11 @@ struct HopperShape {
   using State = float[32 * kStateSlabs];
   static constexpr int kThreads = 128 * (kWgs + 1);
 
-  // The large state needs more registers than an even share; 216 x 2 + 72 is the whole pool.
+  // The large state needs more registers than an even share; twice its and the scores' are the whole
+  // pool.
   static constexpr bool kUneven = kStateSlabs == 4 && kWgs == 2;
-  static constexpr int kStateRegisters = 216;
-  static constexpr int kScoreRegisters = 72;
+  static constexpr int kStateRegisters = kSplit ? 216 : 208;
+  static constexpr int kScoreRegisters = kSplit ? 72 : 88;
 
   // Chunks on their way: of large states there is room for two.
   static constexpr int kStages = kSplit ? 1 : (kSlabs == 4 ? 2 : 5 - kSlabs);

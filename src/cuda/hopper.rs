@@ -39,25 +39,27 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     })
 }
 
-/// Blocks of a cluster of `gates_whole`.
-const CLUSTERS: [i64; 4] = [1, 2, 4, 8];
+/// Chunks of a sequence that `gates_whole` is made for.
+const WHOLE_CHUNKS: [i64; 5] = [16, 32, 64, 128, 256];
 
-/// Most blocks of `gates_whole` where many may have nothing to do: what a device holds at once.
-const ONE_WAVE: i64 = 4 * 132;
+/// Most threads of `gates_whole` where many may have nothing to do: what a device holds at once.
+const ONE_WAVE: i64 = 1024 * 132;
 
 /// The gates' vectors: in one kernel where a cluster of blocks can hold a sequence's chunks.
 fn gates(run: &Run<'_>) -> Result<()> {
     let (p, data) = (run.problem, run.data());
     let packed = p.num_seqs.is_some();
     let chunks = ceil_div(p.s, i64::from(run.args.chunk_len));
-    let whole = CLUSTERS.into_iter().find_map(|cluster| {
-        let name = format!("gates_whole_{data}_x{cluster}");
-        let fits = i64::from(run.device.geometry(&name)?.rows) >= chunks;
-        fits.then_some((name, run.heads() * cluster))
+    let whole = WHOLE_CHUNKS.into_iter().find(|&most| chunks <= most).and_then(|most| {
+        let name = format!("gates_whole_{data}_{most}");
+        let geometry = run.device.geometry(&name)?;
+        let blocks = run.heads() * i64::from(geometry.cols);
+        // Packed sequences may be many and short.
+        let suits = !packed || blocks * i64::from(geometry.threads) <= ONE_WAVE;
+        suits.then_some((name, blocks))
     });
     match whole {
-        // Packed sequences may be many and short.
-        Some((name, blocks)) if p.gate.has_stabilizer() && (!packed || blocks <= ONE_WAVE) => {
+        Some((name, blocks)) if p.gate.has_stabilizer() => {
             run.chunk_table()?;
             run.device.launch(run.stream, &name, blocks, packed, &run.args)
         }
