@@ -6,6 +6,7 @@
 //   state warpgroups   each holds C transposed, 64 columns of DHHV as rows x all of DHQK, in float
 //                      accumulators: they are the A operand of C^T q without leaving registers
 //   score warpgroup    P = D * (q k^T), the denominators, and n
+//   a warp             loads, or the last state warpgroup where large states take all registers
 // Per chunk a state warpgroup does
 //   O^T = C^T q^T          decays C meanwhile
 //   O^T = w O^T + v^T P^T  waits for the score warpgroup's P
@@ -327,14 +328,15 @@ struct Outputs {
         put(o, i);
         if (leader) barrier_arrive(block.bar(kScoreEmpty, i & 1));
       }
-      if (group == Shape::kWgs - 1) block.load_queries(i + Shape::kStages, warp);
+      const bool loads = !Shape::kLoader && group == Shape::kWgs - 1;
+      if (loads) block.load_queries(i + Shape::kStages, warp);
       wgmma_wait<0>();
       pin<32 * Shape::kStateSlabs>(c);
       if (leader) {
         barrier_arrive(block.bar(kKeyEmpty, stage));
         barrier_arrive(block.bar(kValueEmpty, stage));
       }
-      if (group == Shape::kWgs - 1) block.load_keys(i + Shape::kStages, warp);
+      if (loads) block.load_keys(i + Shape::kStages, warp);
     }
     if (leader) store_wait_read();
     block.sync_group(group);
@@ -352,25 +354,32 @@ __device__ __forceinline__ void forward(const HopperArgs& hopper, unsigned char*
   const int group = __shfl_sync(0xffffffffu, threadIdx.x >> 7, 0);
   if (group == 0) {
     if constexpr (Shape::kUneven) give_registers<Shape::kScoreRegisters>();
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
-    for (int i = 0; i < Shape::kStages; ++i) {
-      block.load_queries(i, warp);
-      block.load_keys(i, warp);
+    if constexpr (!Shape::kLoader) {
+      const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
+      for (int i = 0; i < Shape::kStages; ++i) {
+        block.load_queries(i, warp);
+        block.load_keys(i, warp);
+      }
     }
     Scores<T, Shape>{block}.run();
+  } else if (Shape::kLoader && group == Shape::kWgs + 1) {
+    if constexpr (Shape::kUneven) give_registers<Shape::kLoadRegisters>();
+    if (__shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0) == 0) block.load_all();
   } else {
     if constexpr (Shape::kUneven) take_registers<Shape::kStateRegisters>();
     Outputs<T, Shape>{block, group - 1}.run();
   }
 }
 
-#define MLSTM_FORWARD(NAME, T, SLABS, WGS)                                                      \
-  extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)                              \
-      NAME(const __grid_constant__ mlstm::HopperArgs args) {                                    \
-    extern __shared__ unsigned char smem[];                                                     \
-    mlstm::forward<T, mlstm::HopperShape<SLABS, WGS>>(args, smem);                              \
-  }                                                                                             \
-  MLSTM_GEOMETRY(NAME, 64 * SLABS, (mlstm::HopperShape<SLABS, WGS>::kColumns), 128 * (WGS + 1), \
+#define MLSTM_FORWARD(NAME, T, SLABS, WGS)                                                     \
+  extern "C" __global__ void                                                                   \
+      __launch_bounds__((mlstm::HopperShape<SLABS, WGS>::kThreads), 1)                         \
+          NAME(const __grid_constant__ mlstm::HopperArgs args) {                               \
+    extern __shared__ unsigned char smem[];                                                    \
+    mlstm::forward<T, mlstm::HopperShape<SLABS, WGS>>(args, smem);                             \
+  }                                                                                            \
+  MLSTM_GEOMETRY(NAME, 64 * SLABS, (mlstm::HopperShape<SLABS, WGS>::kColumns),                 \
+                 (mlstm::HopperShape<SLABS, WGS>::kThreads),                                   \
                  (mlstm::HopperShape<SLABS, WGS>::kBytes))
 
 }  // namespace mlstm

@@ -41,13 +41,17 @@ struct HopperShape {
   static constexpr int kColumns = 64 * (kSplit ? 1 : kWgs);  // of DHHV
   static constexpr int kStateSlabs = kSplit ? kSlabs / 2 : kSlabs;
   using State = float[32 * kStateSlabs];
-  static constexpr int kThreads = 128 * (kWgs + 1);
 
-  // The large state needs more registers than an even share; twice its and the scores' are the whole
-  // pool.
-  static constexpr bool kUneven = kStateSlabs == 4 && kWgs == 2;
-  static constexpr int kStateRegisters = kSplit ? 216 : 208;
-  static constexpr int kScoreRegisters = kSplit ? 72 : 88;
+  // A warp for the loads alone, where a large state does not take its registers: of a warpgroup, since
+  // only those can share registers unevenly, or single.
+  static constexpr bool kLarge = kStateSlabs == 4;
+  static constexpr bool kLoader = !kLarge;
+  static constexpr bool kUneven = kWgs == 2;
+  static constexpr int kThreads = 128 * (kWgs + 1) + (kLoader ? (kUneven ? 128 : 32) : 0);
+  // Of two states; all together are the whole pool.
+  static constexpr int kStateRegisters = kSplit ? 216 : kLarge ? 208 : 168;
+  static constexpr int kScoreRegisters = kSplit ? 72 : kLarge ? 88 : 120;
+  static constexpr int kLoadRegisters = 56;
 
   // Chunks on their way: of large states there is room for two.
   static constexpr int kStages = kSplit ? 1 : (kSlabs == 4 ? 2 : 5 - kSlabs);
@@ -293,43 +297,73 @@ struct Block {
     barrier_arrive(bar(kClean, 0));
   }
 
-  // ---- loads, by a warpgroup: its warps issue a part each, for issuing takes long
+  // ---- loads of the i-th chunk, by one thread each
 
+  __device__ __forceinline__ void load_query(int i) const {
+    const int stage = Shape::stage(i);
+    barrier_wait(bar(kQueryEmpty, stage), Shape::phase(i) ^ 1);
+    barrier_expect(bar(kQueryFull, stage), Shape::kQueryBytes);
+    load_box(query(stage), &hopper.q, bar(kQueryFull, stage), start(i), 0, head, batch);
+  }
+  __device__ __forceinline__ void load_value(int i) const {
+    const int stage = Shape::stage(i);
+    barrier_wait(bar(kValueEmpty, stage), Shape::phase(i) ^ 1);
+    barrier_expect(bar(kValueFull, stage), Shape::kValueBytes);
+    load_box(value(stage, 0), &hopper.v, bar(kValueFull, stage), start(i), slab0, head, batch);
+  }
+  __device__ __forceinline__ void await_key(int i) const {
+    barrier_wait(bar(kKeyEmpty, Shape::stage(i)), Shape::phase(i) ^ 1);
+  }
+  __device__ __forceinline__ void expect_key(int i) const {
+    barrier_expect(bar(kKeyFull, Shape::stage(i)), Shape::kSlabs * kTileBytes + kPackedFloats * 4);
+  }
+  __device__ __forceinline__ void load_key_slab(int i, int j) const {
+    const int stage = Shape::stage(i);
+    load_box(key(stage) + j * kKeyTileBytes, &hopper.k, bar(kKeyFull, stage), start(i), j, head,
+             batch);
+  }
+  __device__ __forceinline__ void load_vectors(int i) const {
+    const int stage = Shape::stage(i);
+    load_row(vectors(stage), &hopper.packed, bar(kKeyFull, stage),
+             static_cast<int>(chunk_index(args, first + i, head)));
+  }
+
+  // All, for all chunks, by a warp.
+  __device__ __forceinline__ void load_all() const {
+    if (!elect_one()) return;
+    for (int i = 0; i < count; ++i) {
+      load_query(i);
+      await_key(i);
+      expect_key(i);
+#pragma unroll
+      for (int j = 0; j < Shape::kSlabs; ++j) load_key_slab(i, j);
+      load_vectors(i);
+      load_value(i);
+    }
+  }
+
+  // Or a part by each warp of a warpgroup that has more to do, for issuing takes long.
   __device__ __forceinline__ void load_keys(int i, int warp) const {
     if (i < count && elect_one()) {
-      const int stage = Shape::stage(i);
-      const uint32_t full = bar(kKeyFull, stage);
       constexpr int kHalf = (Shape::kSlabs + 1) / 2;
-      if (warp < 2) barrier_wait(bar(kKeyEmpty, stage), Shape::phase(i) ^ 1);
+      if (warp < 2) await_key(i);
       if (warp == 0) {
-        barrier_expect(full, Shape::kSlabs * kTileBytes + kPackedFloats * 4);
+        expect_key(i);
 #pragma unroll
-        for (int j = 0; j < kHalf; ++j) load_key_slab(stage, i, j);
+        for (int j = 0; j < kHalf; ++j) load_key_slab(i, j);
       } else if (warp == 1) {
-        load_row(vectors(stage), &hopper.packed, full,
-                 static_cast<int>(chunk_index(args, first + i, head)));
+        load_vectors(i);
 #pragma unroll
-        for (int j = kHalf; j < Shape::kSlabs; ++j) load_key_slab(stage, i, j);
+        for (int j = kHalf; j < Shape::kSlabs; ++j) load_key_slab(i, j);
       } else if (warp == 2) {
-        barrier_wait(bar(kValueEmpty, stage), Shape::phase(i) ^ 1);
-        barrier_expect(bar(kValueFull, stage), Shape::kValueBytes);
-        load_box(value(stage, 0), &hopper.v, bar(kValueFull, stage), start(i), slab0, head, batch);
+        load_value(i);
       }
     }
     __syncwarp();
   }
   __device__ __forceinline__ void load_queries(int i, int warp) const {
-    if (warp == 3 && i < count && elect_one()) {
-      const int stage = Shape::stage(i);
-      barrier_wait(bar(kQueryEmpty, stage), Shape::phase(i) ^ 1);
-      barrier_expect(bar(kQueryFull, stage), Shape::kQueryBytes);
-      load_box(query(stage), &hopper.q, bar(kQueryFull, stage), start(i), 0, head, batch);
-    }
+    if (warp == 3 && i < count && elect_one()) load_query(i);
     __syncwarp();
-  }
-  __device__ __forceinline__ void load_key_slab(int stage, int i, int j) const {
-    load_box(key(stage) + j * kKeyTileBytes, &hopper.k, bar(kKeyFull, stage), start(i), j, head,
-             batch);
   }
 
   // ---- n, by one warpgroup, in shared memory for want of registers: its threads with lane % 4 = 0
