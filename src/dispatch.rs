@@ -119,11 +119,6 @@ fn suits_hopper_backward(problem: &Problem) -> bool {
     p.qk_scale > 0.0 && heads.saturating_mul(chunks).saturating_mul(HOPPER_CHUNK) < 1 << 31
 }
 
-/// Columns of DHHV that one block of the Hopper kernels takes.
-pub(crate) const fn hopper_columns(problem: &Problem) -> i64 {
-    hopper_rows(problem.dhhv, problem.dhqk)
-}
-
 /// Of the state transposed, a block of the Hopper kernels takes so many of `rows`, and all `columns`.
 pub(crate) const fn hopper_rows(rows: i64, columns: i64) -> i64 {
     let narrow = rows <= 64 && columns <= 128;

@@ -16,7 +16,7 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     let (p, t) = (&call.problem, &call.tensors);
     let args = chunkwise::forward_args(call, plan, workspace)?;
     let run = Run { device: driver::device(p.device_index)?, stream, problem: p, args };
-    let (dhqk, columns) = (padded_dhqk(p), dispatch::hopper_columns(p));
+    let (dhqk, columns) = (padded_dhqk(p), dispatch::hopper_rows(p.dhhv, p.dhqk));
     let shape = format!("{}_{dhqk}x{columns}", run.data());
     let blocks = run.heads() * ceil_div(p.dhhv, columns);
     run.device.enqueue(|| {

@@ -177,7 +177,7 @@ fn carve(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dispatch::Capabilities;
+    use crate::dispatch::{self, Capabilities};
     use crate::problem::{Device, Op, ProblemSpec};
 
     fn backward_of(dhhv: i64) -> (Problem, Plan) {
