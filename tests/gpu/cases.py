@@ -47,6 +47,7 @@ class Case:
     form: str = "chunkwise"
     seed: int = 0
     flags: int = 0  # more of them
+    vectors: bool = True  # n and m of the tokens, which a backward needs
 
     @property
     def acc(self):
@@ -141,8 +142,10 @@ class Case:
         p = self.problem(x, exact)
         tokens = (self.b, self.nh, self.s)
         heads = (self.rows, self.nh)
-        out = {"h": empty("h", *tokens, self.dhhv), "n": empty("n", *tokens)}
-        if not self.sigmoid:
+        out = {"h": empty("h", *tokens, self.dhhv)}
+        if self.vectors:
+            out["n"] = empty("n", *tokens)
+        if self.vectors and not self.sigmoid:
             out["m"] = empty("m", *tokens)
         if self.last:
             out["c_last"] = empty("c_last", *heads, self.dhqk, self.dhhv)

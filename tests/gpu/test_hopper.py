@@ -4,7 +4,7 @@
 import mlstm_c
 import pytest
 import torch
-from cases import Case, check
+from cases import Case, check, compare
 from test_chunkwise import swapped
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -43,6 +43,18 @@ def test_dims(dtype, dims):
 @pytest.mark.parametrize("s", [1, 2, 7, 63, 64, 65, 127, 128, 129, 192, 1000])
 def test_lengths(s, dims):
     check(Case(dtype=BF16, s=s, dhqk=dims[0], dhhv=dims[1], seed=s))
+
+
+@pytest.mark.parametrize("options", [{}, {"sigmoid": True}, {"state_dtype": BF16}], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("s", [1, 2, 3, 4, 5])
+def test_few_tokens_between_states(s, dtype, options):
+    """Without what a backward needs: up to four tokens are a step."""
+    case = Case(dtype=dtype, s=s, dhqk=128, dhhv=192, vectors=False, seed=s, **options)
+    inputs = case.inputs()
+    wanted = case.run("cpu", inputs, exact=True, backward=False)
+    assert wanted.keys() == {"h", "c_last", "n_last"} | (set() if case.sigmoid else {"m_last"})
+    assert not compare(case, case.run("cuda", inputs, backward=False), wanted)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
