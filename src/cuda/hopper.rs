@@ -10,17 +10,20 @@ use super::sweeps::{self, Vectors};
 use crate::dispatch::{self, Plan};
 use crate::error::Result;
 use crate::ops::{Fw, Step, StepTensors};
+use crate::problem::Problem;
 use crate::workspace::{Stream, Workspace};
 
-/// Most tokens of a forward that may run as a step. To bring C into a sweep's registers and back takes 11
-/// us for one sequence at 256 x 512 on an H200, all of a step 7.5.
-const MOST_STEP_TOKENS: i64 = 4;
+/// Most tokens of a forward that may run as a step: to bring C into a sweep's registers and back takes 11
+/// us for one sequence at 256 x 512 on an H200, all of a step 7.5 and 2.5 for each token more.
+const fn most_step_tokens(problem: &Problem) -> i64 {
+    if problem.dhqk * problem.dhhv < 128 * 256 { 1 } else { 3 }
+}
 
 /// A forward of few tokens, from states to states and without what a backward needs, as a step.
 fn as_step(call: &Fw) -> Option<Step> {
     let (p, t) = (&call.problem, &call.tensors);
     let plain = t.n.is_none() && t.m.is_none() && t.cu_seqlens.is_none();
-    if p.s > MOST_STEP_TOKENS || !plain {
+    if p.s > most_step_tokens(p) || !plain {
         return None;
     }
     let (m, m_dst) = (t.m_initial, t.m_last);
