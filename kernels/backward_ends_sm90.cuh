@@ -58,8 +58,8 @@ struct Ends {
     return block.args.segment_n + segment_index(j) * block.args.dhqk;
   }
 
-  // Calls f(C or null, its stride, n or null, g) for the state given, if any, and for the states of the segments that
-  // the sweep passes before the block's own, in order. Given states are in float.
+  // Calls f(C or null, its stride, n or null, g) for the state given, if any, and for the states of the
+  // segments that the sweep passes before the block's own, in order. Given states are in float.
   template <typename F>
   __device__ __forceinline__ void each_before(F f) const {
     const Args& args = block.args;
