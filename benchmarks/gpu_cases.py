@@ -14,6 +14,8 @@ SHAPES = {  # B, NH, S, DHQK, DHHV
 }
 # With 7b, 7b_long and 7b_short: time against sequence length at 65536 tokens.
 SERIES = {f"7b_s{s}": (65536 // s, 8, s, 256, 512) for s in (4096, 16384, 32768)}
+# One sequence, which does not fill the card.
+SHORT = {f"one_s{s}": (1, 8, s, 256, 512) for s in (512, 1024, 2048, 4096)}
 PARALLEL = {f"parallel_d{d}_s{s}": (1, 8, s, d, d) for d in (64, 128, 256) for s in (1024, 4096)}
 STEPS = {f"step_b{b}": (b, 8, 1, 256, 512) for b in (1, 16, 128)}
 QUICK = ("7b", "tfla", "small", "parallel_d128_s1024", "step_b1", "step_b128")
@@ -41,7 +43,7 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (SHAPES | SERIES | PARALLEL | STEPS)[self.shape_name]
+        return (SHAPES | SERIES | SHORT | PARALLEL | STEPS)[self.shape_name]
 
     @property
     def name(self) -> str:
@@ -59,6 +61,8 @@ class Case:
             return (GENERIC, "limit_headdim")
         if self.shape_name in SERIES:
             return (GENERIC, "xl_chunk128", "sdpa")
+        if self.shape_name in SHORT:
+            return (GENERIC, "xl_chunk128")
         peers = (GENERIC, *SEQUENCE_PEERS)
         if self.kind == "fw":  # flash-linear-attention refuses its backward on Triton 3.6
             peers += ("fla_simple_gla",)
@@ -89,7 +93,7 @@ class Case:
 
 def all_cases(quick: bool) -> list[Case]:
     """The cases of a run, largest family first."""
-    sequences = SHAPES | PARALLEL if quick else SHAPES | SERIES | PARALLEL
+    sequences = SHAPES | PARALLEL if quick else SHAPES | SERIES | SHORT | PARALLEL
     cases = [Case(name, kind) for name in sequences for kind in ("fw", "fw+bw")]
     cases += [Case(name, kind) for name in STEPS for kind in ("eager", "graph", "graph in place")]
     return [case for case in cases if case.shape_name in QUICK] if quick else cases
