@@ -162,8 +162,8 @@ struct Outputs {
   static __device__ __forceinline__ void multiply(float (&o)[32], State& c, uint32_t q, float g,
                                                   F meanwhile) {
     // Sixteens of columns in a step, and steps in flight.
-    constexpr int kWide = Shape::kStateSlabs == 4 ? 1 : 2;
-    constexpr int kBuffers = Shape::kStateSlabs == 4 ? 3 : 2;
+    constexpr int kWide = Shape::kLarge ? 1 : 2;
+    constexpr int kBuffers = Shape::kLarge ? 3 : 2;
     constexpr int kSteps = 4 * Shape::kStateSlabs / kWide;
     const uint64_t b = operand(q, 16, 1024);
     uint32_t a[kBuffers][kWide][4];
@@ -194,7 +194,7 @@ struct Outputs {
       for (int x = 0; x < 8 * kWide; ++x) {
         asm volatile("mul.f32 %0, %0, %1;" : "+f"(columns[x]) : "f"(g));
       }
-      if constexpr (Shape::kStateSlabs < 4) {
+      if constexpr (!Shape::kLarge) {
 #pragma unroll
         for (int j = step * 4 / kSteps; j < (step + 1) * 4 / kSteps; ++j) meanwhile(j);
       }
@@ -202,7 +202,7 @@ struct Outputs {
     wgmma_wait<0>();
     pin<32>(o);
     // A large state leaves no registers for it before.
-    if (Shape::kStateSlabs == 4) {
+    if (Shape::kLarge) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) meanwhile(j);
     }

@@ -27,14 +27,14 @@ def median_ms(work, repeats=10):
     return statistics.median(times)
 
 
-def sequence(name, dtype, **options):
+def sequence(name, dtype, f_bias, **options):
     b, nh, s, dhqk, dhhv = SHAPES[name]
     x = {
         "q": torch.randn(b, nh, s, dhqk, device="cuda", dtype=dtype),
         "k": torch.randn(b, nh, s, dhqk, device="cuda", dtype=dtype),
         "v": torch.randn(b, nh, s, dhhv, device="cuda", dtype=dtype),
         "i": torch.randn(b, nh, s, device="cuda") - 10,
-        "f": torch.randn(b, nh, s, device="cuda") + 3,
+        "f": torch.randn(b, nh, s, device="cuda") + f_bias,
     }
     out = {"h": torch.empty_like(x["v"]), "n": torch.empty_like(x["i"])}
     if not options.get("gate"):
@@ -102,6 +102,7 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="*", default=["step", *SHAPES])
     parser.add_argument("--profile", action="store_true", help="time of each kernel")
     parser.add_argument("--dtype", default="bfloat16", help="of the sequences' data")
+    parser.add_argument("--f-bias", type=float, default=3, help="mean of the forget gates")
     parser.add_argument("--flags", type=int, default=0, help="MLSTM_FLAG_* of the sequences")
     arguments = parser.parse_args()
     options_profile = arguments.profile
@@ -112,4 +113,5 @@ if __name__ == "__main__":
             step(16, s=4)
             step(128, state=torch.bfloat16)
         else:
-            sequence(what, getattr(torch, arguments.dtype), flags=arguments.flags)
+            dtype = getattr(torch, arguments.dtype)
+            sequence(what, dtype, arguments.f_bias, flags=arguments.flags)
