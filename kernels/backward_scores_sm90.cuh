@@ -176,9 +176,9 @@ struct Scorer {
       store_shared(block.delta(stage) + t * 4, delta);
     } else {
       store_shared(block.w_delta(stage) + column, w_delta);
+      barrier_arrive(block.bar(kDeltasFull, stage));
     }
     named_sync<kScoreBarrier, 128>();
-    if (threadIdx.x % 128 == 0) barrier_arrive(block.bar(kDeltasFull, stage));
     const float inv = load_shared(vectors + kInvAt + t * 4);
     return {delta, w_delta, -rho * static_cast<float>(block.args.eps) * inv};
   }
@@ -195,12 +195,7 @@ struct Scorer {
     } else if ((args.flags & kExponential) != 0) {
       float* dm = static_cast<float*>(args.dm) +
                   token_index(args, block.batch, block.head, block.start(chunk) + t);
-      if (args.parts_before == 0) {
-        *dm = delta.dm;
-      } else {
-        // One addition by each part: their order is fixed, and nothing waits for it.
-        atomicAdd(dm, delta.dm);
-      }
+      *dm = (args.parts_before != 0 ? *dm : 0.0f) + delta.dm;
     }
   }
 

@@ -104,7 +104,7 @@ struct BackwardShape {
   static constexpr int kSumAt = kVectorAt + kStages * kVectorStage;  // [group][warp][64 tokens]
   static constexpr int kEntryAt = kSumAt + (kAlongQk && kOutputs ? (kSplit ? 1 : kWgs) * 1024 : 0);
   static constexpr int kBarrierAt = kEntryAt + kWgs * 256;
-  static constexpr int kForgottenAt = kBarrierAt + 376;
+  static constexpr int kForgottenAt = kBarrierAt + 360;
   static constexpr int kBytes = kBarrierAt + 384 + 1024;
 };
 
@@ -123,6 +123,8 @@ enum BackwardBarrier : int {
   kDeltasFull = 36,
   kOutputsFull = 39,  // by state warpgroup
   kOutputsEmpty = 41,
+  kExchanged = 43,  // halves of outputs, of split states
+  kExchangeFree = 44,
 };
 constexpr int kCleanBarrier = 6;  // named: all state warpgroups
 
@@ -243,12 +245,13 @@ struct BackwardBlock {
   __device__ __forceinline__ uint32_t bar(BackwardBarrier which, int place) const {
     return base + Shape::kBarrierAt + (which + place) * 8;
   }
-  // Whether what segments add is forgotten from here on: state warpgroups stop, and so do loads.
-  __device__ __forceinline__ bool is_forgotten() const {
-    return load_shared(base + Shape::kForgottenAt) != 0.0f;
+  // Whether what segments add is forgotten from the chunk in this stage on: state warpgroups stop, and so
+  // do loads.
+  __device__ __forceinline__ bool is_forgotten(int stage) const {
+    return load_shared(base + Shape::kForgottenAt + stage * 4) != 0.0f;
   }
-  __device__ __forceinline__ void set_forgotten(float x) const {
-    store_shared(base + Shape::kForgottenAt, x);
+  __device__ __forceinline__ void set_forgotten(int stage, float x) const {
+    store_shared(base + Shape::kForgottenAt + stage * 4, x);
   }
   static __device__ __forceinline__ int tile_of(int group) {
     return Shape::kSplit ? 0 : group * kTileBytes;
@@ -260,7 +263,7 @@ struct BackwardBlock {
 
   __device__ __forceinline__ void prepare() const {
     if (threadIdx.x == 0) {
-      set_forgotten(0.0f);
+      for (int stage = 0; stage < 3; ++stage) set_forgotten(stage, 0.0f);
       constexpr int kScored = Shape::kScored ? 1 : 0;
       constexpr int kFinal = Shape::kSplit ? 1 : Shape::kWgs;  // warpgroups that finish outputs
       for (int i = 0; i < 8; ++i) {
@@ -272,17 +275,19 @@ struct BackwardBlock {
         barrier_init(bar(kKeysEmpty, i), kFinal + kScored);
         barrier_init(bar(kValuesFull, i), 1);
         barrier_init(bar(kValuesEmpty, i), 4 * (Shape::kWgs + kScored));
-        barrier_init(bar(kDeltasFull, i), 1);
+        barrier_init(bar(kDeltasFull, i), 64);
       }
       for (int i = 0; i < 2; ++i) {
         barrier_init(bar(kScoresFull, i), Shape::kScored ? 128 : 1);
         const bool leaves = Shape::kLeavesScores && is_first_slice();
         barrier_init(bar(kScoresEmpty, i), kFinal + (leaves ? 1 : 0));
-        barrier_init(bar(kOutputsFull, i), 4);
-        barrier_init(bar(kOutputsEmpty, i), 1);
+        barrier_init(bar(kOutputsFull, i), 128);
+        barrier_init(bar(kOutputsEmpty, i), 32);
         barrier_init(bar(kOwnFull, i), 1);
         barrier_init(bar(kOwnEmpty, i), 4 * (Shape::kAlongQk ? kFinal : 1));
       }
+      barrier_init(bar(kExchanged, 0), 128);
+      barrier_init(bar(kExchangeFree, 0), 128);
       barrier_init_fence();
     }
     __syncthreads();
@@ -332,7 +337,7 @@ struct BackwardBlock {
         const int x = i * kParts + j;
         const uint32_t full = bar(kKeysFull, Units::slot(x));
         barrier_wait(bar(kKeysEmpty, Units::slot(x)), Units::phase(x) ^ 1);
-        if (!Shape::kOutputs && is_forgotten()) return await_loads(kKeysFull, i);
+        if (!Shape::kOutputs && is_forgotten(Units::slot(x))) return await_loads(kKeysFull, i);
         barrier_expect(full, Shape::kUnitBytes);
         load_box(key(Units::slot(x)), &maps.keys, full, token, key0 + j * Shape::kStateSlabs, head,
                  batch);
@@ -370,7 +375,7 @@ struct BackwardBlock {
       const int index = static_cast<int>(chunk_index(args, first + chunk(i), head));
       if (leaves && i >= Shape::kStages) leave_scores(i - Shape::kStages);
       barrier_wait(bar(kValuesEmpty, stage), Stages::phase(i) ^ 1);
-      if (!Shape::kOutputs && is_forgotten()) return await_loads(kValuesFull, i);
+      if (!Shape::kOutputs && is_forgotten(stage)) return await_loads(kValuesFull, i);
       const int rho = Shape::kSweep == Sweep::kDq && needs_rho() ? args.rho_parts * 256 : 0;
       barrier_expect(full, Shape::kValueBytes + Shape::kVectorBytes + rho);
       if (rho != 0) load_row(w_delta(stage), &maps.rho, full, index);
@@ -419,11 +424,8 @@ struct BackwardBlock {
           if ((slab0 + j) * 64 < args.dhqk) again().store_sums(j, chunk(i));
         }
       }
-      if ((opaque(static_cast<int>(threadIdx.x)) & 31) == 0) {
-        store_wait_read();
-        for (int j = 0; j < kTiles; ++j) barrier_arrive(bar(kOutputsEmpty, j));
-      }
-      __syncwarp();
+      if ((opaque(static_cast<int>(threadIdx.x)) & 31) == 0) store_wait_read();
+      for (int j = 0; j < kTiles; ++j) barrier_arrive(bar(kOutputsEmpty, j));
     }
   }
   __device__ __forceinline__ void store_rows(int j, int chunk) const {

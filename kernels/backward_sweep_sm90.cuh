@@ -226,8 +226,7 @@ struct Sweeper {
           swizzled(tile, j * 8 + (lane & 7) + (lane >> 4) * 8, warp * 2 + (lane >> 3 & 1)), packed);
     }
     async_proxy_fence();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(block.bar(kOutputsFull, group));
+    barrier_arrive(block.bar(kOutputsFull, group));
   }
 
   // Or, where another part of DHHV finishes them, for the next part to add.
@@ -342,11 +341,9 @@ struct Sweeper {
       }
       factor *= g;
       __syncwarp();
-      if (lane == 0) {
-        // Before the arrivals by which loads go on.
-        if (factor == 0.0f) block.set_forgotten(1.0f);
-        barrier_arrive(block.bar(kValuesEmpty, stage));
-      }
+      // Before the arrivals by which loads go on.
+      if (factor == 0.0f && leader && group == 0) block.set_forgotten(stage, 1.0f);
+      if (lane == 0) barrier_arrive(block.bar(kValuesEmpty, stage));
       wgmma_wait<1>();
       if (i + 1 < block.count && factor != 0.0f) begin(i + 1);
       wgmma_wait<0>();
@@ -404,9 +401,11 @@ struct Sweeper {
       if (Shape::kSplit && group == 1) {
         // Only parts of 512 columns follow others.
         if (Shape::kAlongQk && block.args.parts_before != 0) add_parts(o, i);
-        give_outputs(o, i, block.exchange());
+        give_outputs(o, i, block.exchange(), block.bar(kExchanged, 0), block.bar(kExchangeFree, 0));
       }
-      if (Shape::kSplit && finishes) take_outputs(o, i + 1 < count, block.exchange());
+      if (Shape::kSplit && finishes) {
+        take_outputs(o, i, block.exchange(), block.bar(kExchanged, 0), block.bar(kExchangeFree, 0));
+      }
       if (finishes) add_scores(o, i);
       pin<32 * Shape::kStateSlabs>(c);
       update_all(c, i, g);

@@ -19,8 +19,8 @@
 // frame of its end, and a block puts together what the segments before its own leave behind.
 #pragma once
 
+#include "forward_gates_sm90.cuh"
 #include "overlap.cuh"
-#include "sweep_sm90.cuh"
 
 namespace mlstm {
 
@@ -48,11 +48,39 @@ struct Scores {
     wgmma_commit();
   }
 
+  // n after the chunks before the segment's, two dims of a slab by each thread of a warp: as products they
+  // would starve between the state warpgroups' large ones.
+  __device__ __forceinline__ void catch_up() const {
+    if (block.before == 0) return;
+    static_assert(Shape::kSlabs <= 4, "a warp for each");
+    const int lane = threadIdx.x & 31;
+    const int slab = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
+    const int d = slab * 64 + 2 * lane;
+    float n[2] = {};
+    named_sync<kScoreBarrier, 128>();
+    if (slab < Shape::kSlabs) {
+      n[0] = load_shared(block.normalizer(d));
+      n[1] = load_shared(block.normalizer(d + 1));
+    }
+    for (int i = -block.before; i < 0; ++i) {
+      const int stage = Shape::stage(i);
+      barrier_wait(block.bar(kKeyFull, stage), Shape::phase(i));
+      if (slab < Shape::kSlabs) block.add_keys_of(n, slab, stage);
+      __syncwarp();
+      block.release_key(stage, lane == 0);
+    }
+    if (slab < Shape::kSlabs) {
+      block.put_normalizer(d, n[0], 0);
+      block.put_normalizer(d + 1, n[1], 0);
+    }
+  }
+
   // The score warpgroup's whole life.
   __device__ __forceinline__ void run() const {
     const Args& args = block.args;
     const bool normalize = (args.flags & kNormalize) != 0;
     block.first_normalizer();
+    if constexpr (Shape::kCatchUp) catch_up();
     async_proxy_fence();
     named_sync<kScoreBarrier, 128>();
     const int count = block.count;
@@ -68,7 +96,7 @@ struct Scores {
       Product s;
       multiply(s, block.query(stage), block.key(stage));
       // For n after this chunk: under all that follows, if there are registers for it.
-      constexpr bool kEarly = !Shape::kSplit;
+      constexpr bool kEarly = !Shape::kTight;
       constexpr int kPart = Shape::kSplit ? 4 : Shape::kSlabs;
       float keys[kPart][4];
       if constexpr (kEarly) block.sum_keys(keys, 0, stage);
@@ -110,8 +138,6 @@ struct Scores {
         store_matrices(swizzled(block.score(i & 1), warp * 16 + (lane & 15), j + (lane >> 4)),
                        packed);
       }
-      async_proxy_fence();
-      barrier_arrive(block.bar(kScoreFull, i & 1));
       sum0 = quad_sum(sum0);
       sum1 = quad_sum(sum1);
       if ((lane & 3) < 2) {
@@ -130,8 +156,8 @@ struct Scores {
         float inv = reciprocal_approx(fmaxf(fabsf(sum), floor) + static_cast<float>(args.eps));
         store_shared(block.den(i & 1) + column_order(r) * 4, normalize ? scale * inv : scale);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(block.bar(kDenFull, i & 1));
+      async_proxy_fence();
+      barrier_arrive(block.bar(kScoreFull, i & 1));
 
       // n after this chunk, for the product with the next one's queries.
       if constexpr (!kEarly) block.sum_keys(keys, 0, stage);
@@ -141,7 +167,7 @@ struct Scores {
         block.add_keys(keys, kPart, stage, Shape::stage(i + 1));
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(block.bar(kKeyEmpty, stage));
+      block.release_key(stage, lane == 0);
       async_proxy_fence();
       named_sync<kScoreBarrier, 128>();
     }
@@ -272,9 +298,46 @@ struct Outputs {
     if (writes_n) at<float>(block.args.n, block.batch, block.head, block.start(i) + tid)[0] = n;
   }
 
+  // C after the chunks before the segment's.
+  __device__ __forceinline__ void catch_up(State& c) const {
+    const bool leader = threadIdx.x % 128 == 0;
+    const int lane = threadIdx.x & 31;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
+    for (int i = -block.before; i < 0; ++i) {
+      const int stage = Shape::stage(i);
+      const uint32_t phase = Shape::phase(i), vectors = block.vectors(stage);
+      barrier_wait(block.bar(kKeyFull, stage), phase);
+      const float g = load_shared(vectors + kDecayAt);
+      barrier_wait(block.bar(kValueFull, stage), phase);
+      uint32_t a[4][4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        weighted_values<T>(a[j], j, block.value(stage, group), vectors + kInputAt, lane, warp);
+      }
+      // Volatile, or the compiler would keep both.
+#pragma unroll
+      for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) {
+        asm volatile("mul.f32 %0, %0, %1;" : "+f"(c[x]) : "f"(g));
+      }
+      if (g == 0.0f) {
+#pragma unroll
+        for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] = 0.0f;
+      }
+      pin<32 * Shape::kStateSlabs>(c);
+      wgmma_fence();
+      update_state<T, Shape>(c, a, block.key(stage) + block.dim_of(group) / 64 * kKeyTileBytes);
+      wgmma_wait<0>();
+      pin<32 * Shape::kStateSlabs>(c);
+      block.release_key(stage, leader);
+      if (leader) barrier_arrive(block.bar(kValueEmpty, stage));
+      if (!Shape::kLoader && group == Shape::kWgs - 1) block.load_keys(i + Shape::kStages, warp);
+    }
+  }
+
   __device__ __forceinline__ void run() const {
     State c;
     block.first_state(c, group);
+    if constexpr (Shape::kCatchUp) catch_up(c);
     const bool leader = threadIdx.x % 128 == 0;
     const int count = block.count;
     for (int i = 0; i < count; ++i) {
@@ -305,13 +368,15 @@ struct Outputs {
       scale_queries(o, vectors + kWeightAt, lane);
       const uint32_t keys = block.key(stage) + block.dim_of(group) / 64 * kKeyTileBytes;
       if (Shape::kSplit && group == 1) {
-        give_outputs(o, i, block.exchange());
+        give_outputs(o, i, block.exchange(), block.bar(kExchangeFull, 0), block.bar(kExchangeEmpty, 0));
         wgmma_fence();
         update_state<T, Shape>(c, a, keys);
         // All of the warpgroup has read the vectors and values, as the other knows after put.
         block.sync_group(group);
       } else {
-        if (Shape::kSplit) take_outputs(o, i + 1 < count, block.exchange());
+        if (Shape::kSplit) {
+          take_outputs(o, i, block.exchange(), block.bar(kExchangeFull, 0), block.bar(kExchangeEmpty, 0));
+        }
         barrier_wait(block.bar(kScoreFull, i & 1), i >> 1 & 1);
         pin<32>(o);
         pin<32 * Shape::kStateSlabs>(c);
@@ -324,19 +389,16 @@ struct Outputs {
         update_state<T, Shape>(c, a, keys);
         wgmma_wait<1>();
         pin<32>(o);
-        barrier_wait(block.bar(kDenFull, i & 1), i >> 1 & 1);
         put(o, i);
-        if (leader) barrier_arrive(block.bar(kScoreEmpty, i & 1));
       }
       const bool loads = !Shape::kLoader && group == Shape::kWgs - 1;
       if (loads) block.load_queries(i + Shape::kStages, warp);
       wgmma_wait<0>();
       pin<32 * Shape::kStateSlabs>(c);
-      if (leader) {
-        barrier_arrive(block.bar(kKeyEmpty, stage));
-        barrier_arrive(block.bar(kValueEmpty, stage));
-      }
+      block.release_key(stage, leader);
+      if (leader) barrier_arrive(block.bar(kValueEmpty, stage));
       if (loads) block.load_keys(i + Shape::kStages, warp);
+      if (!Shape::kSplit || group == 0) barrier_arrive(block.bar(kScoreEmpty, i & 1));
     }
     if (leader) store_wait_read();
     block.sync_group(group);
@@ -351,35 +413,40 @@ __device__ __forceinline__ void forward(const HopperArgs& hopper, unsigned char*
   wait_for_previous();
   block.locate();
   if (block.count == 0 && !block.ends) return;
+  if constexpr (Shape::kCatchUp) block.turn_barriers();
   const int group = __shfl_sync(0xffffffffu, threadIdx.x >> 7, 0);
   if (group == 0) {
-    if constexpr (Shape::kUneven) give_registers<Shape::kScoreRegisters>();
+    give_registers<Shape::kScoreRegisters>();
     if constexpr (!Shape::kLoader) {
       const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
       for (int i = 0; i < Shape::kStages; ++i) {
         block.load_queries(i, warp);
-        block.load_keys(i, warp);
+        block.load_keys(i - block.before, warp);
       }
     }
     Scores<T, Shape>{block}.run();
   } else if (Shape::kLoader && group == Shape::kWgs + 1) {
-    if constexpr (Shape::kUneven) give_registers<Shape::kLoadRegisters>();
-    if (__shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0) == 0) block.load_all();
+    give_registers<Shape::kLoadRegisters>();
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
+    if (warp == 0) block.load_all();
+    if (warp > 0 && block.makes_vectors()) GateVectors<T, Shape>{block, warp - 1}.run();
   } else {
-    if constexpr (Shape::kUneven) take_registers<Shape::kStateRegisters>();
+    take_registers<Shape::kStateRegisters>();
     Outputs<T, Shape>{block, group - 1}.run();
   }
 }
 
-#define MLSTM_FORWARD(NAME, T, SLABS, WGS)                                                     \
-  extern "C" __global__ void                                                                   \
-      __launch_bounds__((mlstm::HopperShape<SLABS, WGS>::kThreads), 1)                         \
-          NAME(const __grid_constant__ mlstm::HopperArgs args) {                               \
-    extern __shared__ unsigned char smem[];                                                    \
-    mlstm::forward<T, mlstm::HopperShape<SLABS, WGS>>(args, smem);                             \
-  }                                                                                            \
-  MLSTM_GEOMETRY(NAME, 64 * SLABS, (mlstm::HopperShape<SLABS, WGS>::kColumns),                 \
-                 (mlstm::HopperShape<SLABS, WGS>::kThreads),                                   \
-                 (mlstm::HopperShape<SLABS, WGS>::kBytes))
+#define MLSTM_FORWARD_OF(NAME, T, ...)                                                \
+  extern "C" __global__ void __launch_bounds__((__VA_ARGS__::kThreads), 1)            \
+      NAME(const __grid_constant__ mlstm::HopperArgs args) {                          \
+    extern __shared__ unsigned char smem[];                                           \
+    mlstm::forward<T, __VA_ARGS__>(args, smem);                                       \
+  }                                                                                   \
+  MLSTM_GEOMETRY(NAME, (__VA_ARGS__::kDim), (__VA_ARGS__::kColumns), (__VA_ARGS__::kThreads), \
+                 (__VA_ARGS__::kBytes))
+#define MLSTM_FORWARD(NAME, T, SLABS, WGS) \
+  MLSTM_FORWARD_OF(NAME, T, mlstm::HopperShape<SLABS, WGS>)
+#define MLSTM_CATCH_UP(NAME, T, SLABS, WGS) \
+  MLSTM_FORWARD_OF(NAME, T, mlstm::HopperShape<SLABS, WGS, true>)
 
 }  // namespace mlstm

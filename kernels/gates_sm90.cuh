@@ -183,6 +183,48 @@ __device__ __forceinline__ float fast_input(const FastVectors& x, int j) {
   return exp2_approx(fminf(x.total - x.phi[j], 0.0f) + x.source[j]);
 }
 
+// The vectors of a chunk as Args::packed has them, before g.
+template <typename T>
+struct alignas(16) Packed {
+  T split[2][64];
+  float vector[5][64];
+};
+
+// Two neighbouring entries.
+__device__ __forceinline__ void put_pair(float* to, float first, float second) {
+  *reinterpret_cast<float2*>(to) = make_float2(first, second);
+}
+template <typename T>
+__device__ __forceinline__ void put_pair(T* to, float first, float second) {
+  *reinterpret_cast<uint32_t*>(to) = pack<T>(first, second);
+}
+
+// A lane's tokens.
+template <typename T>
+__device__ __forceinline__ void put_vectors(Packed<T>& packed, const LanePair& pair,
+                                            const FastVectors& x, bool exponential, int lane) {
+  float w[2], a[2], phi[2], col[2], floor[2], low[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const bool inside = j < pair.count;
+    w[j] = inside ? exp2_approx(x.phi[j]) : 0.0f;
+    a[j] = inside ? fast_input(x, j) : 0.0f;
+    low[j] = a[j] - to_acc(from_acc<T>(a[j]));
+    phi[j] = inside ? x.phi[j] : 0.0f;
+    col[j] = inside ? x.source[j] - x.phi[j] : static_cast<float>(kNever);
+    floor[j] =
+        inside && exponential ? exp2_approx(-static_cast<float>(kLog2E) * x.m[j]) : 1.0f;
+  }
+  const int t = 2 * lane, column = column_order(t);
+  put_pair(packed.split[0] + t, a[0], a[1]);
+  put_pair(packed.split[1] + (t ^ 8), low[0], low[1]);
+  put_pair(packed.vector[0] + column, w[0], w[1]);
+  put_pair(packed.vector[1] + t, phi[0], phi[1]);
+  put_pair(packed.vector[2] + column, col[0], col[1]);
+  put_pair(packed.vector[3] + column, a[0], a[1]);
+  put_pair(packed.vector[4] + t, floor[0], floor[1]);
+}
+
 // As it stands among a chunk's vectors, at kSweepLengthAt.
 __device__ __forceinline__ float sweep_length(const Args& args, const Chunk& chunk) {
   return __int_as_float(args.chunks != nullptr ? chunk.len : 64);

@@ -32,31 +32,39 @@ constexpr int kKeyTileBytes = 72 * 128;  // the same and 8 rows more, for n
 
 // DHQK up to 64 kSlabs. The state warpgroups hold 64 columns of DHHV each, or, where DHQK is too
 // large for one's registers (kSplit), a half each of DHQK for the same 64 columns.
-template <int kSlabs_, int kWgs_>
+template <int kSlabs_, int kWgs_, bool kCatchUp_ = false>
 struct HopperShape {
   static constexpr int kSlabs = kSlabs_;
   static constexpr int kWgs = kWgs_;
+  // Whether blocks make the state before their segment themselves, from the sequence's first chunk on.
+  static constexpr bool kCatchUp = kCatchUp_;
   static constexpr int kDim = 64 * kSlabs;
   static constexpr bool kSplit = kSlabs > 4;
   static constexpr int kColumns = 64 * (kSplit ? 1 : kWgs);  // of DHHV
   static constexpr int kStateSlabs = kSplit ? kSlabs / 2 : kSlabs;
   using State = float[32 * kStateSlabs];
 
-  // A warp for the loads alone, where a large state does not take its registers: of a warpgroup, since
-  // only those can share registers unevenly, or single.
+  // Where a large state does not take their registers, a warpgroup of one warp for the loads alone and three
+  // for the gates.
   static constexpr bool kLarge = kStateSlabs == 4;
   static constexpr bool kLoader = !kLarge;
-  static constexpr bool kUneven = kWgs == 2;
-  static constexpr int kThreads = 128 * (kWgs + 1) + (kLoader ? (kUneven ? 128 : 32) : 0);
-  // Of two states; all together are the whole pool.
-  static constexpr int kStateRegisters = kSplit ? 216 : kLarge ? 208 : 168;
-  static constexpr int kScoreRegisters = kSplit ? 72 : kLarge ? 88 : 120;
-  static constexpr int kLoadRegisters = 56;
+  static constexpr int kThreads = 128 * (kWgs + (kLoader ? 2 : 1));
+  static constexpr int kGateWarps = 3;
+  // All together are at most the pool: what the compiler gives to each thread, times all threads.
+  static constexpr bool kTight = kSplit || (kLarge && kCatchUp);  // for the scores
+  static constexpr int kStateRegisters = kTight ? 216 : kLarge ? 208 : kWgs == 1 ? 208 : 168;
+  static constexpr int kScoreRegisters =
+      kTight ? 72 : kLarge ? 88 : kWgs == 1 ? 168 : 120;
+  static constexpr int kLoadRegisters = kWgs == 1 ? 112 : 56;
+  static_assert(kWgs * kStateRegisters + kScoreRegisters + (kLoader ? kLoadRegisters : 0) <=
+                kThreads / 128 * (65536 / kThreads / 8 * 8));
 
   // Chunks on their way: of large states there is room for two.
   static constexpr int kStages = kSplit ? 1 : (kSlabs == 4 ? 2 : 5 - kSlabs);
-  static __device__ __forceinline__ int stage(int i) { return i % kStages; }
-  static __device__ __forceinline__ uint32_t phase(int i) { return i / kStages & 1; }
+  // Chunks before the segment's have negative numbers.
+  static constexpr int kTurns = kCatchUp ? 24 << 20 : 0;  // a multiple of 2 kStages
+  static __device__ __forceinline__ int stage(int i) { return (i + kTurns) % kStages; }
+  static __device__ __forceinline__ uint32_t phase(int i) { return (i + kTurns) / kStages & 1; }
 
   static constexpr int kQueryBytes = kSlabs * kTileBytes;
   static constexpr int kKeyBytes = kSlabs * kKeyTileBytes;
@@ -73,7 +81,8 @@ struct HopperShape {
   static constexpr int kDenAt = kVectorAt + kStages * kVectorStage;
   static constexpr int kSumAt = kDenAt + 2 * 256;
   static constexpr int kNormalizerAt = kSumAt + 2 * 256;
-  static constexpr int kBarrierAt = kNormalizerAt + kDim * 4;
+  static constexpr int kStabilizerAt = kNormalizerAt + kDim * 4;
+  static constexpr int kBarrierAt = kStabilizerAt + 32;
   // Tiles are aligned to 1024 bytes, which dynamic shared memory need not be.
   static constexpr int kBytes = kBarrierAt + 384 + 1024;
 };
@@ -95,16 +104,16 @@ enum Barrier : int {
   kKeyEmpty,
   kValueFull,
   kValueEmpty,
-  kScoreFull,
+  kScoreFull,  // den and N's sums too
   kScoreEmpty,
-  kDenFull,
-  kClean,  // not by stage: only a sequence's last chunk needs it
-  kBarriers,
+  // Not by stage: only a sequence's last chunk needs the first, and there is one exchange.
+  kClean,
+  kExchangeFull,
+  kExchangeEmpty,
+  kStabilized,  // by warp
 };
-// Named barriers: a state warpgroup's own are 1 + group; both meet at 4 and 5.
+// Named barriers: a state warpgroup's own are 1 + group.
 constexpr int kScoreBarrier = 3;
-constexpr int kGivenBarrier = 4;  // the exchange is full
-constexpr int kTakenBarrier = 5;  // and empty again
 
 // A 16-byte piece of a row in a tile of 128-byte rows.
 __device__ __forceinline__ uint32_t swizzled(uint32_t tile, int row, int piece) {
@@ -137,18 +146,20 @@ __device__ __forceinline__ void update_state(typename Shape::State& c, uint32_t 
 }
 
 // Where two warpgroups hold halves of a state's columns, the second gives its part of a chunk's outputs
-// (the i-th) through shared memory to the first, which adds it.
-__device__ __forceinline__ void give_outputs(const float (&o)[32], int i, uint32_t exchange) {
-  if (i > 0) named_sync<kTakenBarrier, 256>();
+// (the i-th) through shared memory to the first, which adds it. All threads arrive at both barriers.
+__device__ __forceinline__ void give_outputs(const float (&o)[32], int i, uint32_t exchange,
+                                             uint32_t full, uint32_t empty) {
+  barrier_wait(empty, (i & 1) ^ 1);
   const uint32_t to = exchange + threadIdx.x % 128 * 16;
 #pragma unroll
   for (int x = 0; x < 8; ++x) {
     store_shared_4(to + x * 2048, o[4 * x], o[4 * x + 1], o[4 * x + 2], o[4 * x + 3]);
   }
-  named_arrive<kGivenBarrier, 256>();
+  barrier_arrive(full);
 }
-__device__ __forceinline__ void take_outputs(float (&o)[32], bool more, uint32_t exchange) {
-  named_sync<kGivenBarrier, 256>();
+__device__ __forceinline__ void take_outputs(float (&o)[32], int i, uint32_t exchange,
+                                             uint32_t full, uint32_t empty) {
+  barrier_wait(full, i & 1);
   const uint32_t from = exchange + threadIdx.x % 128 * 16;
 #pragma unroll
   for (int x = 0; x < 8; ++x) {
@@ -158,7 +169,7 @@ __device__ __forceinline__ void take_outputs(float (&o)[32], bool more, uint32_t
     o[4 * x + 2] += part.z;
     o[4 * x + 3] += part.w;
   }
-  if (more) named_arrive<kTakenBarrier, 256>();
+  barrier_arrive(empty);
 }
 
 template <typename T, typename Shape>
@@ -170,6 +181,7 @@ struct Block {
   int slab0;  // first of the block's 64-column slabs of DHHV
   int segment;
   int count;      // chunks of the segment
+  int before;     // chunks before them that the block takes for their effect on the state alone
   int64_t first;  // its first chunk
   int token0;     // and that one's first token, unless sequences are packed
   bool ends;      // the sequence ends with it
@@ -192,11 +204,30 @@ struct Block {
     const int64_t begin = first_chunk(args, row);
     const int chunks = static_cast<int>(first_chunk(args, row + 1) - begin);
     const int per = chunks_per_segment(args, chunks);
-    const int from = min(segment * per, chunks);
+    int from = min(segment * per, chunks);
     count = min(per, chunks - from);
+    before = 0;
+    if constexpr (Shape::kCatchUp) {
+      from = caught_up(chunks, segment);
+      count = caught_up(chunks, segment + 1) - from;
+      before = count > 0 ? from : 0;
+    }
     first = begin + from;
     token0 = from * 64;
     ends = chunks == 0 ? segment == 0 : count > 0 && from + count == chunks;
+  }
+
+  // Where a segment starts that catches up: later ones are shorter, since each chunk before them takes a
+  // fifth of a chunk's time.
+  __device__ __forceinline__ int caught_up(int chunks, int segment) const {
+    constexpr float kLeft = 0.8f;
+    float length = 1.0f, upto = 0.0f, all = 0.0f;
+    for (int j = 0; j < args.segments; ++j) {
+      if (j < segment) upto += length;
+      all += length;
+      length *= kLeft;
+    }
+    return __float2int_rn(chunks * (upto / all));
   }
 
   // Whether it writes what all slices of DHHV have alike; computed anew, for want of registers.
@@ -232,6 +263,10 @@ struct Block {
   __device__ __forceinline__ uint32_t sums(int stage) const {
     return base + Shape::kSumAt + stage * 256;
   }
+  // m after a chunk, from one of the gates' warps to the next.
+  __device__ __forceinline__ double* stabilizer(int warp) const {
+    return static_cast<double*>(__cvta_shared_to_generic(base + Shape::kStabilizerAt)) + warp;
+  }
   __device__ __forceinline__ uint32_t bar(Barrier which, int stage) const {
     return base + Shape::kBarrierAt + which * 32 + stage * 8;
   }
@@ -242,14 +277,16 @@ struct Block {
       for (int stage = 0; stage < 4; ++stage) {
         barrier_init(bar(kQueryFull, stage), 1);
         barrier_init(bar(kQueryEmpty, stage), 1 + Shape::kWgs);
-        barrier_init(bar(kKeyFull, stage), 1);
-        barrier_init(bar(kKeyEmpty, stage), 4 + Shape::kWgs);
+        barrier_init(bar(kKeyFull, stage), key_arrivals());
+        barrier_init(bar(kKeyEmpty, stage), key_releases());
         barrier_init(bar(kValueFull, stage), 1);
         barrier_init(bar(kValueEmpty, stage), Shape::kWgs);
         barrier_init(bar(kScoreFull, stage), 128);
-        barrier_init(bar(kScoreEmpty, stage), Shape::kSplit ? 1 : Shape::kWgs);
-        barrier_init(bar(kDenFull, stage), 4);
+        barrier_init(bar(kScoreEmpty, stage), 128 * (Shape::kSplit ? 1 : Shape::kWgs));
         barrier_init(bar(kClean, stage), 128);
+        barrier_init(bar(kExchangeFull, stage), 128);
+        barrier_init(bar(kExchangeEmpty, stage), 128);
+        barrier_init(bar(kStabilized, stage), 1);
       }
       barrier_init_fence();
     }
@@ -258,6 +295,38 @@ struct Block {
     }
     async_proxy_fence();
     __syncthreads();
+  }
+
+  // Whether a warp of the block makes the chunks' vectors from the gates; else they come from memory.
+  __device__ __forceinline__ bool makes_vectors() const {
+    return Shape::kLoader && args.packed == nullptr;
+  }
+  __device__ __forceinline__ int key_arrivals() const { return 1 + (makes_vectors() ? 32 : 0); }
+  // Where a warp writes vectors anew each thread tells that it has read the last ones; else one for each
+  // warp of the scores and one for each state warpgroup do.
+  __device__ __forceinline__ int key_releases() const {
+    return makes_vectors() ? 128 * (1 + Shape::kWgs) : 4 + Shape::kWgs;
+  }
+
+  // Puts the barriers of k and v in the phases they have where the first of the chunks before the
+  // segment's is next, so that the segment's own find what they find without.
+  __device__ __forceinline__ void turn_barriers() const {
+    if (threadIdx.x == 0) {
+      constexpr int kRound = 2 * Shape::kStages;
+      for (int i = -((before + kRound - 1) / kRound * kRound); i < -before; ++i) {
+        const int stage = Shape::stage(i);
+        barrier_arrive(bar(kKeyFull, stage), key_arrivals());
+        barrier_arrive(bar(kKeyEmpty, stage), key_releases());
+        barrier_arrive(bar(kValueFull, stage), 1);
+        barrier_arrive(bar(kValueEmpty, stage), Shape::kWgs);
+      }
+    }
+    __syncthreads();
+  }
+
+  // By all threads that read a chunk's k or vectors, once they and their warpgroup's products have.
+  __device__ __forceinline__ void release_key(int stage, bool leader) const {
+    if (makes_vectors() || leader) barrier_arrive(bar(kKeyEmpty, stage));
   }
 
   // ---- chunks
@@ -315,7 +384,8 @@ struct Block {
     barrier_wait(bar(kKeyEmpty, Shape::stage(i)), Shape::phase(i) ^ 1);
   }
   __device__ __forceinline__ void expect_key(int i) const {
-    barrier_expect(bar(kKeyFull, Shape::stage(i)), Shape::kSlabs * kTileBytes + kPackedFloats * 4);
+    const int vectors = makes_vectors() ? 0 : kPackedFloats * 4;
+    barrier_expect(bar(kKeyFull, Shape::stage(i)), Shape::kSlabs * kTileBytes + vectors);
   }
   __device__ __forceinline__ void load_key_slab(int i, int j) const {
     const int stage = Shape::stage(i);
@@ -331,13 +401,13 @@ struct Block {
   // All, for all chunks, by a warp.
   __device__ __forceinline__ void load_all() const {
     if (!elect_one()) return;
-    for (int i = 0; i < count; ++i) {
-      load_query(i);
+    for (int i = -before; i < count; ++i) {
+      if (i >= 0) load_query(i);
       await_key(i);
       expect_key(i);
 #pragma unroll
       for (int j = 0; j < Shape::kSlabs; ++j) load_key_slab(i, j);
-      load_vectors(i);
+      if (!makes_vectors()) load_vectors(i);
       load_value(i);
     }
   }
@@ -417,6 +487,31 @@ struct Block {
                      next);
     });
   }
+  // The same of two dims of a slab, from 2 lane on, on a lane's own.
+  __device__ __forceinline__ void add_keys_of(float (&n)[2], int slab, int stage) const {
+    const int lane = threadIdx.x & 31;
+    const uint32_t keys = key(stage) + slab * kKeyTileBytes + (lane & 3) * 4;
+    const uint32_t weights = vectors(stage) + kInputAt;
+    const float g = load_shared(vectors(stage) + kDecayAt);
+    float sum[2] = {};
+#pragma unroll 4
+    for (int place = 0; place < 64; place += 4) {
+      // Where the order of columns has tokens t, t + 1, t + 8 and t + 9.
+      const int t = (place >> 4) * 2 + (place & 15) / 4 * 16;
+      const float4 a = load_shared_4(weights + place * 4);
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const int y = t + (x & 1) + (x & 2) * 4;
+        float first, second;
+        unpack<T>(load_shared_word(keys + y * 128 + ((lane >> 2 ^ (y & 7)) << 4)), first, second);
+        const float weight = (x & 2) == 0 ? ((x & 1) == 0 ? a.x : a.y) : ((x & 1) == 0 ? a.z : a.w);
+        sum[0] += weight * first;
+        sum[1] += weight * second;
+      }
+    }
+#pragma unroll
+    for (int x = 0; x < 2; ++x) n[x] = (g == 0.0f ? 0.0f : n[x] * g) + sum[x];
+  }
   // n of a dim, and into a k tile as the sum of row 64 and row 65.
   __device__ __forceinline__ void put_normalizer(int d, float n, int stage) const {
     store_shared(normalizer(d), n);
@@ -429,6 +524,7 @@ struct Block {
 
   // ---- states at the ends of the segment
 
+  __device__ __forceinline__ int segments_before() const { return Shape::kCatchUp ? 0 : segment; }
   __device__ __forceinline__ int64_t segment_index(int j) const {
     return (static_cast<int64_t>(row) * args.nh + head) * (args.segments - 1) + j;
   }
@@ -439,7 +535,7 @@ struct Block {
     return args.segment_g[segment_index(j)];
   }
 
-  // The initial state, then what the segments before this one make of it.
+  // The initial state, then what the segments before this one make of it, unless the block does.
   __device__ __forceinline__ void first_normalizer() const {
     float n[Shape::kSlabs][2] = {};
     const auto add = [&](const float* from, float g) {
@@ -451,7 +547,7 @@ struct Block {
     };
     if (args.n_initial.data != nullptr) add(at<float>(args.n_initial, row, head, 0), 0.0f);
 #pragma unroll 1
-    for (int j = 0; j < segment; ++j) add(segment_normalizer(j), segment_decay(j));
+    for (int j = 0; j < segments_before(); ++j) add(segment_normalizer(j), segment_decay(j));
     each_dim<Shape::kSlabs>(0, [&](int d, int j, int half) { put_normalizer(d, n[j][half], 0); });
   }
   __device__ __forceinline__ void last_normalizer() const {
@@ -476,7 +572,7 @@ struct Block {
       const int d = dim_of(group) + slab * 64;
       if (column >= args.dhhv || d >= args.dhqk) continue;
 #pragma unroll 1
-      for (int j = 0; j < segment; ++j) {
+      for (int j = 0; j < segments_before(); ++j) {
         const float g = segment_decay(j);
         const float* own = args.segment_c +
                            (segment_index(j) * args.dhqk + d + (thread & 3) * 2) * args.dhhv +

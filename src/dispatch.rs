@@ -39,14 +39,22 @@ pub struct Plan {
     pub num_chunks: i64,
     /// Parts of each sequence that run side by side ([`Engine::Hopper`]; else 1).
     pub segments: i64,
+    /// Whether each part makes the state it begins with itself, from the sequence's start on; else a
+    /// kernel before makes what each part adds to it.
+    pub catch_up: bool,
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             out,
-            "{} on {:?}: L {}, NC {}, {} segments",
-            self.op, self.engine, self.chunk_size, self.num_chunks, self.segments
+            "{} on {:?}: L {}, NC {}, {} segments{}",
+            self.op,
+            self.engine,
+            self.chunk_size,
+            self.num_chunks,
+            self.segments,
+            if self.catch_up { " that catch up" } else { "" }
         )
     }
 }
@@ -83,11 +91,11 @@ pub fn plan(op: Op, problem: &Problem, capabilities: Capabilities) -> Option<Pla
     };
     // Packed sequences each end in a chunk of their own.
     let num_chunks = (tokens + chunk_size - 1) / chunk_size + problem.num_seqs.unwrap_or(0);
-    let segments = match engine {
+    let (segments, catch_up) = match engine {
         Engine::Hopper => hopper_segments(op, problem, num_chunks),
-        Engine::Cpu | Engine::Cuda => 1,
+        Engine::Cpu | Engine::Cuda => (1, false),
     };
-    Some(Plan { op, engine, chunk_size, num_chunks, segments })
+    Some(Plan { op, engine, chunk_size, num_chunks, segments, catch_up })
 }
 
 /// Chunk length of the Hopper kernels: what the state's registers leave room for.
@@ -126,13 +134,13 @@ pub(crate) const fn hopper_rows(rows: i64, columns: i64) -> i64 {
     if narrow || columns > 256 { 64 } else { 128 }
 }
 
-/// How many parts to cut sequences into. A multiprocessor runs one block at a time; a block takes
-/// its chunks one after another, and with more than one part each but the last is first run for its
-/// state alone. Costs are in fifths of a chunk's time, as measured for the forward on an H200 (DHQK
-/// 256: 3 us for a chunk, 0.6 for its state alone, 15 for a kernel of such, 2.7 for each state that
-/// the last part begins with); those of the backward are alike.
-fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> i64 {
-    const MULTIPROCESSORS: i64 = 132;
+const MULTIPROCESSORS: i64 = 132;
+
+/// How many parts to cut sequences into, and whether they catch up. A multiprocessor runs one block at a
+/// time; a block takes its chunks one after another. Costs are in fifths of a chunk's time, as measured
+/// for the forward on an H200 (DHQK 256: 3 us for a chunk, 0.6 for its state alone, 15 for a kernel of
+/// such, 2.7 for each state that the last part begins with); those of the backward are alike.
+fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> (i64, bool) {
     const CHUNK: i64 = 5;
     const STATE: i64 = 1;
     const STATES_KERNEL: i64 = 20;
@@ -148,7 +156,7 @@ fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> i64 {
     let blocks = p.state_rows() * p.nh * ceil(rows, hopper_rows(rows, columns));
     // Thousands of blocks fill the machine as they are, and their product must not overflow.
     if blocks > 4 * MULTIPROCESSORS {
-        return 1;
+        return (1, false);
     }
     let cost = |segments: i64| {
         let each = ceil(chunks, segments);
@@ -157,11 +165,37 @@ fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> i64 {
         let extra = if segments > 1 { STATES_KERNEL } else { 0 } + (segments - 1) * STATE_BEFORE;
         main + states + extra
     };
-    (0..7)
+    let segments = (0..7)
         .map(|exponent| 1 << exponent)
         .take_while(|&segments| segments == 1 || chunks >= segments * fewest)
         .min_by_key(|&segments| cost(segments))
-        .unwrap_or(1)
+        .unwrap_or(1);
+    // There are no kernels that catch up with the halves of a state.
+    let room = MULTIPROCESSORS / blocks;
+    if backward || p.dhqk > 256 || chunks < 2 || room < 2 {
+        return (segments, false);
+    }
+    let most = room.min(chunks);
+    if catch_up_cost(chunks, most) < cost(segments) { (most, true) } else { (segments, false) }
+}
+
+/// The longest time of so many parts that catch up, in fifths of a chunk's. For its state alone one then
+/// takes two fifths, as measured: all of the chunks before come from memory for each part anew.
+fn catch_up_cost(chunks: i64, segments: i64) -> i64 {
+    const CHUNK: i64 = 5;
+    const STATE: i64 = 2;
+    let cost = |segment| {
+        let (from, to) =
+            (caught_up(chunks, segments, segment), caught_up(chunks, segments, segment + 1));
+        if to > from { STATE * from + CHUNK * (to - from) } else { 0 }
+    };
+    (0..segments).map(cost).max().unwrap_or(0)
+}
+
+/// Where a part starts that catches up (`caught_up` of `kernels/sweep_sm90.cuh`).
+fn caught_up(chunks: i64, segments: i64, segment: i64) -> i64 {
+    let upto = |count: i64| 1.0 - 0.8f64.powf(count as f64);
+    (chunks as f64 * upto(segment) / upto(segments)).round() as i64
 }
 
 /// The caller's wish does not count here: kernels come for one length per type, and the peers'

@@ -128,18 +128,23 @@ fn hopper_kernels_take_what_they_are_made_for() {
 #[test]
 fn long_sequences_of_few_heads_are_cut_in_segments() {
     let hopper = Capabilities { has_cuda: true, hopper: true };
-    let segments_of = |op: Op, b: i64, nh: i64, s: i64| {
+    let plan_of = |op: Op, b: i64, nh: i64, s: i64| {
         let (device, dtype) = (Device::Cuda, DType::Bf16);
         let spec =
             ProblemSpec { device, dtype, b, nh, s, dhqk: 256, dhhv: 512, ..ProblemSpec::default() };
-        plan(op, &spec.validate(op).unwrap(), hopper).unwrap().segments
+        plan(op, &spec.validate(op).unwrap(), hopper).unwrap()
     };
+    let segments_of = |op: Op, b: i64, nh: i64, s: i64| plan_of(op, b, nh, s).segments;
     let segments = |b: i64, nh: i64, s: i64| segments_of(Op::ChunkwiseFw, b, nh, s);
     assert_eq!(segments(8, 8, 8192), 1, "the machine is full as it is");
     assert_eq!(segments(1, 8, 65536), 4, "32 blocks of 132 multiprocessors");
-    assert_eq!(segments(1, 8, 512), 1, "too short to cut");
+    assert_eq!(segments(1, 8, 512), 4);
     assert_eq!(segments(1, 8, 1024), 4);
     assert!(segments(1, 1, 65536) > 4);
+    assert!(plan_of(Op::ChunkwiseFw, 1, 8, 512).catch_up, "short enough to take again");
+    assert!(!plan_of(Op::ChunkwiseFw, 1, 8, 65536).catch_up);
+    assert!(!plan_of(Op::ChunkwiseFw, 8, 8, 8192).catch_up, "in one piece");
+    assert!(!plan_of(Op::ChunkwiseBw, 1, 8, 1024).catch_up);
     assert_eq!(segments_of(Op::ChunkwiseBw, 8, 8, 8192), 1);
     assert_eq!(segments_of(Op::ChunkwiseBw, 1, 8, 65536), 4, "four slices of DHQK per head");
 }

@@ -2,7 +2,7 @@
 
 use super::chunkwise::{self, Run};
 use super::driver;
-use super::layout::{PACKED_BYTES, ceil_div, padded_dhqk};
+use super::layout::{self, PACKED_BYTES, ceil_div, padded_dhqk};
 use super::maps;
 use super::params::HopperArgs;
 use super::step;
@@ -62,23 +62,38 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
     let (dhqk, columns) = (padded_dhqk(p), dispatch::hopper_rows(p.dhhv, p.dhqk));
     let shape = format!("{}_{dhqk}x{columns}", run.data());
     let blocks = run.heads() * ceil_div(p.dhhv, columns);
+    let vectors = (!layout::makes_vectors(p, plan)).then(|| Vectors {
+        first: args.buffers.packed,
+        pitch: PACKED_BYTES,
+        count: args.num_chunks * p.nh,
+    });
     run.device.enqueue(|| {
-        let count = args.num_chunks * p.nh;
-        let vectors = Vectors { first: args.buffers.packed, pitch: PACKED_BYTES, count };
         let hopper = HopperArgs {
             q: maps::tensor_map(&t.q, dhqk / 64)?,
             k: maps::tensor_map(&t.k, 1)?,
             v: maps::tensor_map(&t.v, columns / 64)?,
             h: maps::tensor_map(&t.h, 1)?,
-            packed: vectors.map(0..PACKED_BYTES)?,
+            packed: match vectors {
+                Some(vectors) => vectors.map(0..PACKED_BYTES)?,
+                None => maps::tensor_map(&t.q, dhqk / 64)?, // not used
+            },
             args,
         };
-        gates(&run)?;
-        if plan.segments > 1 {
+        match vectors {
+            Some(_) => gates(&run)?,
+            None => run.chunk_table()?,
+        }
+        if let Some(vectors) = vectors
+            && plan.segments > 1
+            && !plan.catch_up
+        {
             sweeps::segment_states(&run, "segments_c", &t.v, &t.k, &vectors)?;
         }
-        let name = format!("hopper_forward_{shape}");
-        run.device.launch(stream, &name, blocks * plan.segments, true, &hopper)
+        let kernel = if plan.catch_up { "catch_up" } else { "forward" };
+        let name = format!("hopper_{kernel}_{shape}");
+        // The first kernel of a call does not overlap others'.
+        let overlap = vectors.is_some() || p.num_seqs.is_some();
+        run.device.launch(stream, &name, blocks * plan.segments, overlap, &hopper)
     })
 }
 
@@ -94,7 +109,9 @@ fn gates(run: &Run<'_>) -> Result<()> {
     let packed = p.num_seqs.is_some();
     let chunks = ceil_div(p.s, i64::from(run.args.chunk_len));
     let whole = WHOLE_CHUNKS.into_iter().find(|&most| chunks <= most).and_then(|most| {
-        let name = format!("gates_whole_{data}_{most}");
+        // Two blocks for each row would not all run at once, on 132 multiprocessors.
+        let many = most == 128 && run.heads() * 2 > 132;
+        let name = format!("gates_{}_{data}_{most}", if many { "many" } else { "whole" });
         let geometry = run.device.geometry(&name)?;
         let blocks = run.heads() * i64::from(geometry.cols);
         // Packed sequences may be many and short.

@@ -70,6 +70,16 @@ pub(super) fn total_chunks(problem: &Problem, plan: &Plan) -> i64 {
     }
 }
 
+/// Whether a forward's sweep makes its vectors from the gates on the way: where it has warps for it, and no
+/// kernel needs the vectors before. The largest state with such warps is otherwise so busy that a long
+/// sequence's vectors are better made beforehand.
+pub(super) fn makes_vectors(problem: &Problem, plan: &Plan) -> bool {
+    let p = problem;
+    let busy = p.dhqk > 64 && p.dhhv > 64;
+    let longest = if busy { 32 } else { i64::MAX };
+    p.dhqk <= 128 && plan.num_chunks <= longest && (plan.segments == 1 || plan.catch_up)
+}
+
 /// The buffers in a workspace of [`workspace_size`] bytes.
 pub(super) fn buffers(
     problem: &Problem,
@@ -126,8 +136,10 @@ fn carve(
     let hopper = plan.engine == Engine::Hopper;
     let generic = !hopper;
     let generic_backward = generic && backward;
-    let parts = product(&[if backward { 2 } else { 1 }, rows, p.nh, plan.segments - 1]);
+    let parts = if plan.catch_up { 0 } else { plan.segments - 1 };
+    let parts = product(&[if backward { 2 } else { 1 }, rows, p.nh, parts]);
     let hopper_backward = hopper && backward;
+    let vectors = hopper_backward || (hopper && !makes_vectors(p, plan));
     // Parts of DHHV take turns; none needs more than a full one.
     let sweep = Sweep::of(p.dhqk, p.dhhv.min(MOST_COLUMNS));
     let in_parts = hopper_backward && p.dhhv > MOST_COLUMNS;
@@ -142,7 +154,7 @@ fn carve(
         chunks: take(product(&[chunks]), 16, packed),
         first_chunk: take(table, 8, packed),
         seq_starts: take(table, 8, packed),
-        chunk_gates: take(scalars, 4 * 8, true),
+        chunk_gates: take(scalars, 4 * 8, generic || vectors),
         row: take(tokens, 2 * acc, generic),
         col: take(tokens, 2 * acc, generic),
         w: take(tokens, acc, generic),
@@ -160,7 +172,7 @@ fn carve(
         k_dk: take(tokens.saturating_mul(qk_tiles(p) as usize), acc, backward),
         e: take(scalars.saturating_mul(e_tiles), acc, generic_backward),
         e_first: take(product(&[rows, p.nh]).saturating_mul(e_tiles), acc, generic_backward),
-        packed: take(scalars, packed_bytes, hopper),
+        packed: take(scalars, packed_bytes, vectors),
         segment_c: take(parts.saturating_mul(product(&[p.dhqk, p.dhhv])), 4, hopper),
         segment_n: take(parts.saturating_mul(product(&[p.dhqk])), 4, hopper),
         segment_g: take(parts, 4, hopper),
