@@ -48,31 +48,26 @@ struct Scores {
     wgmma_commit();
   }
 
-  // n after the chunks before the segment's, two dims of a slab by each thread of a warp: as products they
-  // would starve between the state warpgroups' large ones.
+  // n after the chunks before the segment's, from the last one on, as C: a slab by each warp. Meanwhile they
+  // load, a chunk behind, for the state warpgroups must be done with it too.
   __device__ __forceinline__ void catch_up() const {
     if (block.before == 0) return;
-    static_assert(Shape::kSlabs <= 4, "a warp for each");
-    const int lane = threadIdx.x & 31;
-    const int slab = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
-    const int d = slab * 64 + 2 * lane;
-    float n[2] = {};
-    named_sync<kScoreBarrier, 128>();
-    if (slab < Shape::kSlabs) {
-      n[0] = load_shared(block.normalizer(d));
-      n[1] = load_shared(block.normalizer(d + 1));
-    }
-    for (int i = -block.before; i < 0; ++i) {
-      const int stage = Shape::stage(i);
-      barrier_wait(block.bar(kKeyFull, stage), Shape::phase(i));
-      if (slab < Shape::kSlabs) block.add_keys_of(n, slab, stage);
+    static_assert(!Shape::kLarge || Shape::kSlabs == 4, "a slab for each warp that loads");
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
+    float sum[8] = {}, left = 1.0f;
+    for (int i = warp < Shape::kSlabs ? -block.before : 0; i < 0; ++i) {
+      const int stage = Shape::ahead_stage(i);
+      barrier_wait(block.bar(kAheadFull, stage), block.ahead_phase(i));
+      if (left != 0.0f) block.add_keys_ahead(sum, warp, stage, left);
+      left *= load_shared(block.vectors(stage) + kDecayAt);
       __syncwarp();
-      block.release_key(stage, lane == 0);
+      if ((threadIdx.x & 31) == 0) barrier_arrive(block.bar(kAheadEmpty, stage));
+      if (Shape::kLarge && i > -block.before) block.load_ahead(i - 1 + Shape::kAhead, warp);
     }
-    if (slab < Shape::kSlabs) {
-      block.put_normalizer(d, n[0], 0);
-      block.put_normalizer(d + 1, n[1], 0);
-    }
+    if (Shape::kLarge) block.load_ahead(Shape::kAhead - 1, warp);
+    // The state given has been put there by others.
+    named_sync<kScoreBarrier, 128>();
+    if (warp < Shape::kSlabs) block.put_keys_ahead(sum, warp, left);
   }
 
   // The score warpgroup's whole life.
@@ -239,7 +234,7 @@ struct Outputs {
   __device__ __forceinline__ void store(uint32_t tile, int i, int tid) const {
     if (!block.unclean(i)) {
       if (tid == 0) {
-        store_box(&block.hopper.h, tile, block.start(i), block.column_of(group) / 64, block.head,
+        store_box(&block.hopper.h, tile, block.start(i), block.column_of(opaque(group)) / 64, block.head,
                   block.batch);
         store_commit();
       }
@@ -272,7 +267,7 @@ struct Outputs {
   __device__ __forceinline__ void put(const float (&o)[32], int i) const {
     const int tid = opaque(static_cast<int>(threadIdx.x % 128));
     const int lane = tid & 31, warp = tid >> 5;
-    const bool writes_n = group == 0 && block.slab0 == 0 && block.args.n.data != nullptr &&
+    const bool writes_n = group == 0 && opaque(block.slab0) == 0 && block.args.n.data != nullptr &&
                           tid < block.length(i);
     const float n = writes_n ? load_shared(block.sums(i & 1) + tid * 4) : 0.0f;
     const uint32_t tile = block.output(group);
@@ -298,39 +293,60 @@ struct Outputs {
     if (writes_n) at<float>(block.args.n, block.batch, block.head, block.start(i) + tid)[0] = n;
   }
 
-  // C after the chunks before the segment's.
+  // Adds what the chunks before the segment's add to C, from the last one on, each by what is left of it: so
+  // C need not decay, and products follow each other.
   __device__ __forceinline__ void catch_up(State& c) const {
+    static_assert(!Shape::kSplit, "each warpgroup has all of k");
     const bool leader = threadIdx.x % 128 == 0;
     const int lane = threadIdx.x & 31;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
-    for (int i = -block.before; i < 0; ++i) {
-      const int stage = Shape::stage(i);
-      const uint32_t phase = Shape::phase(i), vectors = block.vectors(stage);
-      barrier_wait(block.bar(kKeyFull, stage), phase);
-      const float g = load_shared(vectors + kDecayAt);
-      barrier_wait(block.bar(kValueFull, stage), phase);
-      uint32_t a[4][4];
+    float factor = 1.0f;
+    uint32_t a[2][4];
+    // While the last tokens of a chunk are added, the first of the next are weighted.
+    const auto weigh = [&](int stage, int j) {
+      weighted_values<T>(a[j & 1], j, block.ahead_value(stage, group),
+                         block.vectors(stage) + kInputAt, lane, warp, factor);
+    };
+    const auto begin = [&](int i) {
+      barrier_wait(block.bar(kAheadFull, Shape::ahead_stage(i)), block.ahead_phase(i));
+      weigh(Shape::ahead_stage(i), 0);
+    };
+    const auto finish = [&](int i) {
+      if (leader) barrier_arrive(block.bar(kAheadEmpty, Shape::ahead_stage(i)));
+    };
+    int i = -block.before;
+    if (i == 0) return;
+    if (Shape::kLarge) {
+      // A state given has been read from h's tiles.
+      async_proxy_fence();
+      named_sync<kStateBarrier, 128 * Shape::kWgs>();
+      if (group == Shape::kWgs - 1) block.load_ahead(block.first_in_outputs(), warp);
+    }
+    begin(i);
+    for (; i < 0 && factor != 0.0f; ++i) {
+      const int stage = Shape::ahead_stage(i);
+      const uint64_t keys = operand(block.ahead_key(stage), block.ahead_pitch(stage), 1024);
+      const float g = load_shared(block.vectors(stage) + kDecayAt);
+      pin<32 * Shape::kStateSlabs>(c);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        weighted_values<T>(a[j], j, block.value(stage, group), vectors + kInputAt, lane, warp);
+        if (j >= 2) wgmma_wait<1>();
+        if (j > 0) weigh(stage, j);
+        wgmma_fence();
+        wgmma<1>(c, a[j & 1], keys + j * 128, true, T{});
+        wgmma_commit();
       }
-      // Volatile, or the compiler would keep both.
-#pragma unroll
-      for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) {
-        asm volatile("mul.f32 %0, %0, %1;" : "+f"(c[x]) : "f"(g));
-      }
-      if (g == 0.0f) {
-#pragma unroll
-        for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] = 0.0f;
-      }
-      pin<32 * Shape::kStateSlabs>(c);
-      wgmma_fence();
-      update_state<T, Shape>(c, a, block.key(stage) + block.dim_of(group) / 64 * kKeyTileBytes);
+      factor *= g;
+      wgmma_wait<1>();
+      if (i + 1 < 0 && factor != 0.0f) begin(i + 1);
       wgmma_wait<0>();
       pin<32 * Shape::kStateSlabs>(c);
-      block.release_key(stage, leader);
-      if (leader) barrier_arrive(block.bar(kValueEmpty, stage));
-      if (!Shape::kLoader && group == Shape::kWgs - 1) block.load_keys(i + Shape::kStages, warp);
+      finish(i);
+    }
+    for (; i < 0; ++i) {
+      barrier_wait(block.bar(kAheadFull, Shape::ahead_stage(i)), block.ahead_phase(i));
+      block.sync_group(group);
+      finish(i);
     }
   }
 
@@ -356,9 +372,15 @@ struct Outputs {
       if (block.unclean(i)) barrier_wait(block.bar(kClean, 0), 0);
       const uint32_t value = block.value(stage, group);
       const uint32_t vectors = block.vectors(stage);
-      uint32_t a[4][4];
+      uint32_t a[4][4] = {};
       multiply(o, c, block.query(stage) + block.dim_of(group) / 64 * kTileBytes, g,
-               [&](int j) { weighted_values<T>(a[j], j, value, vectors + kInputAt, lane, warp); });
+               [&](int j) {
+                 // One after another, or the compiler would keep all products before it packs them: a
+                 // number that it does not know to be 0.
+                 const uint32_t after =
+                     Shape::kTight && !Shape::kSplit && j > 0 ? a[j - 1][3] & block.args.parts_before : 0;
+                 weighted_values<T>(a[j], j, value + after, vectors + kInputAt, lane, warp);
+               });
       if (leader) barrier_arrive(block.bar(kQueryEmpty, stage));
       if (g == 0.0f) {
 #pragma unroll
@@ -410,26 +432,31 @@ template <typename T, typename Shape>
 __device__ __forceinline__ void forward(const HopperArgs& hopper, unsigned char* smem) {
   Block<T, Shape> block(hopper, smem);
   block.prepare();
-  wait_for_previous();
-  block.locate();
-  if (block.count == 0 && !block.ends) return;
-  if constexpr (Shape::kCatchUp) block.turn_barriers();
   const int group = __shfl_sync(0xffffffffu, threadIdx.x >> 7, 0);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
+  constexpr int kLoads = Shape::kLoader ? Shape::kWgs + 1 : 0;  // the warpgroup
+  // Of the kernel before these loads need nothing, unless it finds the chunks.
+  if (hopper.args.chunks != nullptr) wait_for_previous();
+  block.locate();
+  if (group == kLoads) {
+    if constexpr (!Shape::kLoader) {
+      block.load_first(warp);
+    } else if (warp == 0 && elect_one()) {
+      block.load_first();
+    }
+  }
+  wait_for_previous();
+  if (block.count == 0 && !block.ends) return;
   if (group == 0) {
     give_registers<Shape::kScoreRegisters>();
-    if constexpr (!Shape::kLoader) {
-      const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
-      for (int i = 0; i < Shape::kStages; ++i) {
-        block.load_queries(i, warp);
-        block.load_keys(i - block.before, warp);
-      }
-    }
+    if constexpr (!Shape::kLoader) block.load_first_vectors(warp);
     Scores<T, Shape>{block}.run();
   } else if (Shape::kLoader && group == Shape::kWgs + 1) {
     give_registers<Shape::kLoadRegisters>();
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5 & 3, 0);
-    if (warp == 0) block.load_all();
-    if (warp > 0 && block.makes_vectors()) GateVectors<T, Shape>{block, warp - 1}.run();
+    if (warp == 0 && elect_one()) block.load_rest();
+    if constexpr (Shape::kGated) {
+      if (warp > 0) GateVectors<T, Shape>{block, warp - 1}.run();
+    }
   } else {
     take_registers<Shape::kStateRegisters>();
     Outputs<T, Shape>{block, group - 1}.run();
@@ -445,8 +472,10 @@ __device__ __forceinline__ void forward(const HopperArgs& hopper, unsigned char*
   MLSTM_GEOMETRY(NAME, (__VA_ARGS__::kDim), (__VA_ARGS__::kColumns), (__VA_ARGS__::kThreads), \
                  (__VA_ARGS__::kBytes))
 #define MLSTM_FORWARD(NAME, T, SLABS, WGS) \
-  MLSTM_FORWARD_OF(NAME, T, mlstm::HopperShape<SLABS, WGS>)
+  MLSTM_FORWARD_OF(NAME, T, mlstm::HopperShape<SLABS, WGS, mlstm::Form::kPlain>)
+#define MLSTM_GATED(NAME, T, SLABS, WGS) \
+  MLSTM_FORWARD_OF(NAME, T, mlstm::HopperShape<SLABS, WGS, mlstm::Form::kGated>)
 #define MLSTM_CATCH_UP(NAME, T, SLABS, WGS) \
-  MLSTM_FORWARD_OF(NAME, T, mlstm::HopperShape<SLABS, WGS, true>)
+  MLSTM_FORWARD_OF(NAME, T, mlstm::HopperShape<SLABS, WGS, mlstm::Form::kCatchUp>)
 
 }  // namespace mlstm

@@ -39,11 +39,6 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// The same for several at once.
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
 // Arrives, and lets the phase wait for `bytes` of the copy engine as well.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -120,6 +115,11 @@ __device__ __forceinline__ void load_row(uint32_t to, const TensorMap* map, uint
       " [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(0), "r"(row)
       : "memory");
+}
+
+// Brings a descriptor to the copy engine.
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // Brings memory into the L2 cache.

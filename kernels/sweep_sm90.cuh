@@ -30,14 +30,20 @@ static_assert(kInputAt == kSourceAt && kDecayAt == kSweepDecayAt, "what segments
 constexpr int kTileBytes = 64 * 128;     // 64 tokens x 64 dims of 16 bits
 constexpr int kKeyTileBytes = 72 * 128;  // the same and 8 rows more, for n
 
+// How the forward comes by a chunk's vectors and by the state before a segment:
+//   kPlain    vectors from memory, states from what the segments before add
+//   kGated    vectors made on the way by warps of the block; one segment
+//   kCatchUp  vectors from memory, the state made by the block, from the sequence's first chunk on
+enum class Form { kPlain, kGated, kCatchUp };
+
 // DHQK up to 64 kSlabs. The state warpgroups hold 64 columns of DHHV each, or, where DHQK is too
 // large for one's registers (kSplit), a half each of DHQK for the same 64 columns.
-template <int kSlabs_, int kWgs_, bool kCatchUp_ = false>
+template <int kSlabs_, int kWgs_, Form kForm>
 struct HopperShape {
   static constexpr int kSlabs = kSlabs_;
   static constexpr int kWgs = kWgs_;
-  // Whether blocks make the state before their segment themselves, from the sequence's first chunk on.
-  static constexpr bool kCatchUp = kCatchUp_;
+  static constexpr bool kCatchUp = kForm == Form::kCatchUp;
+  static constexpr bool kGated = kForm == Form::kGated;
   static constexpr int kDim = 64 * kSlabs;
   static constexpr bool kSplit = kSlabs > 4;
   static constexpr int kColumns = 64 * (kSplit ? 1 : kWgs);  // of DHHV
@@ -50,6 +56,7 @@ struct HopperShape {
   static constexpr bool kLoader = !kLarge;
   static constexpr int kThreads = 128 * (kWgs + (kLoader ? 2 : 1));
   static constexpr int kGateWarps = 3;
+  static_assert(kLoader || !kGated, "warps for the gates");
   // All together are at most the pool: what the compiler gives to each thread, times all threads.
   static constexpr bool kTight = kSplit || (kLarge && kCatchUp);  // for the scores
   static constexpr int kStateRegisters = kTight ? 216 : kLarge ? 208 : kWgs == 1 ? 208 : 168;
@@ -61,10 +68,19 @@ struct HopperShape {
 
   // Chunks on their way: of large states there is room for two.
   static constexpr int kStages = kSplit ? 1 : (kSlabs == 4 ? 2 : 5 - kSlabs);
-  // Chunks before the segment's have negative numbers.
-  static constexpr int kTurns = kCatchUp ? 24 << 20 : 0;  // a multiple of 2 kStages
-  static __device__ __forceinline__ int stage(int i) { return (i + kTurns) % kStages; }
-  static __device__ __forceinline__ uint32_t phase(int i) { return (i + kTurns) / kStages & 1; }
+  static __device__ __forceinline__ int stage(int i) { return i % kStages; }
+  static __device__ __forceinline__ uint32_t phase(int i) { return i / kStages & 1; }
+  // Of those before the segment, whose numbers are negative: after the segment's own stages, q's tiles hold
+  // k, and P's and h's v.
+  static constexpr int kAhead = kLarge ? 2 * kStages : kStages;
+  static constexpr int kTurns = 24 << 20;  // a multiple of kAhead
+  static __device__ __forceinline__ int ahead_stage(int i) {
+    return (i + kTurns) % kAhead;
+  }
+
+  // Arrivals that free a chunk's k and vectors: each thread's own where warps write vectors anew; else one of
+  // each warp of the scores and one of each state warpgroup.
+  static constexpr int kKeyReleases = kGated ? 128 * (1 + kWgs) : 4 + kWgs;
 
   static constexpr int kQueryBytes = kSlabs * kTileBytes;
   static constexpr int kKeyBytes = kSlabs * kKeyTileBytes;
@@ -78,23 +94,23 @@ struct HopperShape {
   // Partial outputs of the second half of DHQK, in float.
   static constexpr int kExchangeAt = kOutputAt + kWgs * kTileBytes;
   static constexpr int kVectorAt = kExchangeAt + (kSplit ? 2 * kTileBytes : 0);
-  static constexpr int kDenAt = kVectorAt + kStages * kVectorStage;
+  static constexpr int kDenAt = kVectorAt + (kCatchUp ? kAhead : kStages) * kVectorStage;
   static constexpr int kSumAt = kDenAt + 2 * 256;
   static constexpr int kNormalizerAt = kSumAt + 2 * 256;
   static constexpr int kStabilizerAt = kNormalizerAt + kDim * 4;
   static constexpr int kBarrierAt = kStabilizerAt + 32;
   // Tiles are aligned to 1024 bytes, which dynamic shared memory need not be.
-  static constexpr int kBytes = kBarrierAt + 384 + 1024;
+  static constexpr int kBytes = kBarrierAt + 448 + 1024;
 };
 
 // The shapes there are, as MACRO(name of the kernel, type, slabs, state warpgroups).
-#define MLSTM_HOPPER_SHAPES(MACRO, NAME, T) \
-  MACRO(NAME##_64x64, T, 1, 1)              \
-  MACRO(NAME##_64x128, T, 1, 2)             \
-  MACRO(NAME##_128x64, T, 2, 1)             \
-  MACRO(NAME##_128x128, T, 2, 2)            \
-  MACRO(NAME##_256x128, T, 4, 2)
-#define MLSTM_HOPPER_SPLIT(MACRO, NAME, T) MACRO(NAME##_512x64, T, 8, 2)
+#define MLSTM_SMALL_SHAPES(MACRO, NAME, T) \
+  MACRO(NAME##_64x64, T, 1, 1)             \
+  MACRO(NAME##_64x128, T, 1, 2)            \
+  MACRO(NAME##_128x64, T, 2, 1)            \
+  MACRO(NAME##_128x128, T, 2, 2)
+#define MLSTM_LARGE_SHAPE(MACRO, NAME, T) MACRO(NAME##_256x128, T, 4, 2)
+#define MLSTM_SPLIT_SHAPE(MACRO, NAME, T) MACRO(NAME##_512x64, T, 8, 2)
 
 // Barriers, one for each stage; of the scores there are always two.
 enum Barrier : int {
@@ -111,9 +127,13 @@ enum Barrier : int {
   kExchangeFull,
   kExchangeEmpty,
   kStabilized,  // by warp
+  // Chunks before the segment's: k, v and vectors.
+  kAheadFull,
+  kAheadEmpty,
 };
 // Named barriers: a state warpgroup's own are 1 + group.
 constexpr int kScoreBarrier = 3;
+constexpr int kStateBarrier = 4;  // all state warpgroups
 
 // A 16-byte piece of a row in a tile of 128-byte rows.
 __device__ __forceinline__ uint32_t swizzled(uint32_t tile, int row, int piece) {
@@ -123,10 +143,12 @@ __device__ __forceinline__ uint32_t swizzled(uint32_t tile, int row, int piece) 
 // A (64 columns of DHHV as rows x 16 tokens, of 64) of a times v, for the update of the state.
 template <typename T>
 __device__ __forceinline__ void weighted_values(uint32_t (&a)[4], int j, uint32_t tile,
-                                                uint32_t vector, int lane, int warp) {
+                                                uint32_t vector, int lane, int warp,
+                                                float factor = 1.0f) {
   load_matrices_transposed(
       swizzled(tile, j * 16 + (lane & 7) + (lane >> 4) * 8, warp * 2 + (lane >> 3 & 1)), a);
   float4 x = load_shared_4(vector + (lane & 3) * 64 + j * 16);
+  x = make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float first, second;
@@ -218,16 +240,16 @@ struct Block {
   }
 
   // Where a segment starts that catches up: later ones are shorter, since each chunk before them takes a
-  // fifth of a chunk's time.
+  // third of a chunk's time; src/dispatch.rs has the same.
   __device__ __forceinline__ int caught_up(int chunks, int segment) const {
-    constexpr float kLeft = 0.8f;
+    constexpr float kLeft = 2.0f / 3.0f;
     float length = 1.0f, upto = 0.0f, all = 0.0f;
     for (int j = 0; j < args.segments; ++j) {
       if (j < segment) upto += length;
       all += length;
       length *= kLeft;
     }
-    return __float2int_rn(chunks * (upto / all));
+    return __float2int_rd(chunks * (upto / all) + 0.4f);
   }
 
   // Whether it writes what all slices of DHHV have alike; computed anew, for want of registers.
@@ -274,11 +296,14 @@ struct Block {
   // Barriers, and the rows for n in the k tiles: those never written must hold numbers.
   __device__ __forceinline__ void prepare() const {
     if (threadIdx.x == 0) {
+      for (const TensorMap* map : {&hopper.q, &hopper.k, &hopper.v, &hopper.packed, &hopper.h}) {
+        prefetch_map(map);
+      }
       for (int stage = 0; stage < 4; ++stage) {
         barrier_init(bar(kQueryFull, stage), 1);
         barrier_init(bar(kQueryEmpty, stage), 1 + Shape::kWgs);
-        barrier_init(bar(kKeyFull, stage), key_arrivals());
-        barrier_init(bar(kKeyEmpty, stage), key_releases());
+        barrier_init(bar(kKeyFull, stage), 1 + (Shape::kGated ? 32 : 0));
+        barrier_init(bar(kKeyEmpty, stage), Shape::kKeyReleases);
         barrier_init(bar(kValueFull, stage), 1);
         barrier_init(bar(kValueEmpty, stage), Shape::kWgs);
         barrier_init(bar(kScoreFull, stage), 128);
@@ -287,6 +312,8 @@ struct Block {
         barrier_init(bar(kExchangeFull, stage), 128);
         barrier_init(bar(kExchangeEmpty, stage), 128);
         barrier_init(bar(kStabilized, stage), 1);
+        barrier_init(bar(kAheadFull, stage), 1);
+        barrier_init(bar(kAheadEmpty, stage), Shape::kSlabs + Shape::kWgs);
       }
       barrier_init_fence();
     }
@@ -297,36 +324,94 @@ struct Block {
     __syncthreads();
   }
 
-  // Whether a warp of the block makes the chunks' vectors from the gates; else they come from memory.
-  __device__ __forceinline__ bool makes_vectors() const {
-    return Shape::kLoader && args.packed == nullptr;
-  }
-  __device__ __forceinline__ int key_arrivals() const { return 1 + (makes_vectors() ? 32 : 0); }
-  // Where a warp writes vectors anew each thread tells that it has read the last ones; else one for each
-  // warp of the scores and one for each state warpgroup do.
-  __device__ __forceinline__ int key_releases() const {
-    return makes_vectors() ? 128 * (1 + Shape::kWgs) : 4 + Shape::kWgs;
-  }
-
-  // Puts the barriers of k and v in the phases they have where the first of the chunks before the
-  // segment's is next, so that the segment's own find what they find without.
-  __device__ __forceinline__ void turn_barriers() const {
-    if (threadIdx.x == 0) {
-      constexpr int kRound = 2 * Shape::kStages;
-      for (int i = -((before + kRound - 1) / kRound * kRound); i < -before; ++i) {
-        const int stage = Shape::stage(i);
-        barrier_arrive(bar(kKeyFull, stage), key_arrivals());
-        barrier_arrive(bar(kKeyEmpty, stage), key_releases());
-        barrier_arrive(bar(kValueFull, stage), 1);
-        barrier_arrive(bar(kValueEmpty, stage), Shape::kWgs);
-      }
-    }
-    __syncthreads();
-  }
-
   // By all threads that read a chunk's k or vectors, once they and their warpgroup's products have.
   __device__ __forceinline__ void release_key(int stage, bool leader) const {
-    if (makes_vectors() || leader) barrier_arrive(bar(kKeyEmpty, stage));
+    if (Shape::kGated || leader) barrier_arrive(bar(kKeyEmpty, stage));
+  }
+
+  // ---- chunks before the segment's, by negative numbers up to -1, in the order that they are taken
+
+  // From the last one on.
+  __device__ __forceinline__ int ahead_chunk(int i) const { return -1 - (i + before); }
+  __device__ __forceinline__ uint32_t ahead_pitch(int stage) const {
+    return stage < Shape::kStages ? kKeyTileBytes : kTileBytes;
+  }
+  __device__ __forceinline__ uint32_t ahead_key(int stage) const {
+    return stage < Shape::kStages ? key(stage) : query(stage - Shape::kStages);
+  }
+  __device__ __forceinline__ uint32_t ahead_value(int stage, int group) const {
+    if (stage < Shape::kStages) return value(stage, group);
+    return stage == Shape::kAhead - 1 ? output(group) : score(group);
+  }
+  __device__ __forceinline__ uint32_t ahead_phase(int i) const {
+    return (i + before) / Shape::kAhead & 1;
+  }
+  // Until the stage of the i-th load is free again of the one before it there. After the chunks before
+  // the segment's come the segment's first: k, v and vectors, then q where stages are borrowed.
+  __device__ __forceinline__ void await_ahead(int i) const {
+    const int last = i - Shape::kAhead;
+    if (last >= -before) {
+      barrier_wait(bar(kAheadEmpty, Shape::ahead_stage(last)), ahead_phase(last));
+    }
+  }
+  __device__ __forceinline__ void expect_ahead(int i) const {
+    barrier_expect(bar(kAheadFull, Shape::ahead_stage(i)),
+                   Shape::kSlabs * kTileBytes + kPackedFloats * 4 + Shape::kValueBytes);
+  }
+  __device__ __forceinline__ void load_ahead_slab(int i, int j) const {
+    const int stage = Shape::ahead_stage(i);
+    load_box(ahead_key(stage) + j * ahead_pitch(stage), &hopper.k, bar(kAheadFull, stage),
+             start(ahead_chunk(i)), j, head, batch);
+  }
+  __device__ __forceinline__ void load_ahead_vectors(int i) const {
+    const int stage = Shape::ahead_stage(i);
+    load_row(vectors(stage), &hopper.packed, bar(kAheadFull, stage),
+             static_cast<int>(chunk_index(args, first + ahead_chunk(i), head)));
+  }
+  __device__ __forceinline__ void load_ahead_value(int i) const {
+    const int stage = Shape::ahead_stage(i);
+    load_box(ahead_value(stage, 0), &hopper.v, bar(kAheadFull, stage), start(ahead_chunk(i)), slab0,
+             head, batch);
+  }
+  // A part of the i-th load by each warp; vectors later, if they are not there yet.
+  __device__ __forceinline__ void load_ahead(int i, int warp, bool vectors = true) const {
+    if (i >= Shape::kStages) {
+      if (warp == 3) await_ahead(i);
+      load_queries(i - Shape::kStages, warp);
+    } else if (i >= 0) {
+      if (warp < 3) await_ahead(i);
+      load_keys(i, warp, vectors);
+    } else if (warp < 3 && elect_one()) {
+      constexpr int kHalf = (Shape::kSlabs + 1) / 2;
+      await_ahead(i);
+      if (warp == 0) {
+        expect_ahead(i);
+#pragma unroll 1
+        for (int j = 0; j < kHalf; ++j) load_ahead_slab(i, j);
+      } else if (warp == 1) {
+        if (vectors) load_ahead_vectors(i);
+#pragma unroll 1
+        for (int j = kHalf; j < Shape::kSlabs; ++j) load_ahead_slab(i, j);
+      } else {
+        load_ahead_value(i);
+      }
+    }
+    __syncwarp();
+  }
+
+  // The first that takes h's tiles for v; a state given comes through them before.
+  __device__ __forceinline__ int first_in_outputs() const {
+    return -((before - 1) / Shape::kAhead * Shape::kAhead) - 1;
+  }
+  // What is left after them of the state before; by all lanes of a warp.
+  __device__ __forceinline__ float ahead_decay() const {
+    float left = 1.0f;
+    for (int i = threadIdx.x & 31; i < before; i += 32) {
+      left *= args.packed[chunk_index(args, first - 1 - i, head) * kPackedFloats + kPackedDecay];
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) left *= __shfl_xor_sync(0xffffffffu, left, lanes);
+    return left;
   }
 
   // ---- chunks
@@ -384,8 +469,8 @@ struct Block {
     barrier_wait(bar(kKeyEmpty, Shape::stage(i)), Shape::phase(i) ^ 1);
   }
   __device__ __forceinline__ void expect_key(int i) const {
-    const int vectors = makes_vectors() ? 0 : kPackedFloats * 4;
-    barrier_expect(bar(kKeyFull, Shape::stage(i)), Shape::kSlabs * kTileBytes + vectors);
+    constexpr int kExpected = Shape::kSlabs * kTileBytes + (Shape::kGated ? 0 : kPackedFloats * 4);
+    barrier_expect(bar(kKeyFull, Shape::stage(i)), kExpected);
   }
   __device__ __forceinline__ void load_key_slab(int i, int j) const {
     const int stage = Shape::stage(i);
@@ -398,22 +483,51 @@ struct Block {
              static_cast<int>(chunk_index(args, first + i, head)));
   }
 
-  // All, for all chunks, by a warp.
-  __device__ __forceinline__ void load_all() const {
-    if (!elect_one()) return;
-    for (int i = -before; i < count; ++i) {
-      if (i >= 0) load_query(i);
+  // Vectors of a chunk, before the segment's or not.
+  __device__ __forceinline__ void load_vectors_of(int i) const {
+    if (Shape::kCatchUp && i < 0) {
+      load_ahead_vectors(i);
+    } else {
+      load_vectors(i);
+    }
+  }
+
+  // All, by one thread, of a chunk, before the segment's or not.
+  __device__ __forceinline__ void load_tiles(int i, bool with_vectors) const {
+    if (Shape::kCatchUp && i < Shape::kStages) await_ahead(i);
+    if (Shape::kCatchUp && i < 0) {
+      expect_ahead(i);
+#pragma unroll
+      for (int j = 0; j < Shape::kSlabs; ++j) load_ahead_slab(i, j);
+      if (with_vectors) load_ahead_vectors(i);
+      load_ahead_value(i);
+    } else {
       await_key(i);
       expect_key(i);
 #pragma unroll
       for (int j = 0; j < Shape::kSlabs; ++j) load_key_slab(i, j);
-      if (!makes_vectors()) load_vectors(i);
+      if (with_vectors) load_vectors(i);
       load_value(i);
+    }
+  }
+  // The chunks that fit at first; then their vectors, and all of the others.
+  __device__ __forceinline__ void load_first() const {
+    for (int i = 0; i < min(Shape::kStages, count); ++i) load_query(i);
+    for (int i = -before; i < min(Shape::kStages - before, count); ++i) load_tiles(i, false);
+  }
+  __device__ __forceinline__ void load_rest() const {
+    const int rest = min(Shape::kStages - before, count);
+    if constexpr (!Shape::kGated) {
+      for (int i = -before; i < rest; ++i) load_vectors_of(i);
+    }
+    for (int i = rest; i < count; ++i) {
+      if (i >= Shape::kStages) load_query(i);
+      load_tiles(i, !Shape::kGated);
     }
   }
 
   // Or a part by each warp of a warpgroup that has more to do, for issuing takes long.
-  __device__ __forceinline__ void load_keys(int i, int warp) const {
+  __device__ __forceinline__ void load_keys(int i, int warp, bool vectors = true) const {
     if (i < count && elect_one()) {
       constexpr int kHalf = (Shape::kSlabs + 1) / 2;
       if (warp < 2) await_key(i);
@@ -422,7 +536,7 @@ struct Block {
 #pragma unroll
         for (int j = 0; j < kHalf; ++j) load_key_slab(i, j);
       } else if (warp == 1) {
-        load_vectors(i);
+        if (vectors) load_vectors(i);
 #pragma unroll
         for (int j = kHalf; j < Shape::kSlabs; ++j) load_key_slab(i, j);
       } else if (warp == 2) {
@@ -434,6 +548,35 @@ struct Block {
   __device__ __forceinline__ void load_queries(int i, int warp) const {
     if (warp == 3 && i < count && elect_one()) load_query(i);
     __syncwarp();
+  }
+
+  // The chunks that fit at first, by those warps, and their vectors.
+  __device__ __forceinline__ void load_first(int warp) const {
+    if constexpr (Shape::kCatchUp) {
+      each_first([&](int i) { load_ahead(i, warp, false); });
+    } else {
+      for (int i = 0; i < Shape::kStages; ++i) {
+        load_queries(i, warp);
+        load_keys(i, warp, false);
+      }
+    }
+  }
+  __device__ __forceinline__ void load_first_vectors(int warp) const {
+    if (warp == 1 && elect_one()) {
+      each_first([&](int i) {
+        if (i < min(Shape::kStages, count)) load_vectors_of(i);
+      });
+    }
+    __syncwarp();
+  }
+  template <typename F>
+  __device__ __forceinline__ void each_first(F f) const {
+    constexpr int kFirst = Shape::kCatchUp ? Shape::kAhead : Shape::kStages;
+    for (int i = -before; i < kFirst - before; ++i) {
+      // h's tiles are free only later.
+      if (Shape::kCatchUp && i < 0 && i == first_in_outputs()) continue;
+      f(i);
+    }
   }
 
   // ---- n, by one warpgroup, in shared memory for want of registers: its threads with lane % 4 = 0
@@ -487,30 +630,40 @@ struct Block {
                      next);
     });
   }
-  // The same of two dims of a slab, from 2 lane on, on a lane's own.
-  __device__ __forceinline__ void add_keys_of(float (&n)[2], int slab, int stage) const {
-    const int lane = threadIdx.x & 31;
-    const uint32_t keys = key(stage) + slab * kKeyTileBytes + (lane & 3) * 4;
+  // The same before the segment, times a factor, of a slab, by a warp and without products, which would
+  // starve between the state warpgroups' large ones: a lane has eight dims of every fourth token.
+  __device__ __forceinline__ void add_keys_ahead(float (&sum)[8], int slab, int stage,
+                                                 float factor) const {
+    const int lane = threadIdx.x & 31, piece = lane & 7, offset = lane >> 3;
+    const uint32_t keys = ahead_key(stage) + slab * ahead_pitch(stage) + offset * 128;
     const uint32_t weights = vectors(stage) + kInputAt;
-    const float g = load_shared(vectors(stage) + kDecayAt);
-    float sum[2] = {};
-#pragma unroll 4
-    for (int place = 0; place < 64; place += 4) {
-      // Where the order of columns has tokens t, t + 1, t + 8 and t + 9.
-      const int t = (place >> 4) * 2 + (place & 15) / 4 * 16;
-      const float4 a = load_shared_4(weights + place * 4);
+#pragma unroll
+    for (int y = 0; y < 64; y += 4) {
+      const int token = y + offset;
+      const float a = factor * load_shared(weights + column_order(token) * 4);
+      const uint4 k = load_shared_16(keys + y * 128 + ((piece ^ (token & 7)) << 4));
+      const uint32_t words[4] = {k.x, k.y, k.z, k.w};
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
-        const int y = t + (x & 1) + (x & 2) * 4;
         float first, second;
-        unpack<T>(load_shared_word(keys + y * 128 + ((lane >> 2 ^ (y & 7)) << 4)), first, second);
-        const float weight = (x & 2) == 0 ? ((x & 1) == 0 ? a.x : a.y) : ((x & 1) == 0 ? a.z : a.w);
-        sum[0] += weight * first;
-        sum[1] += weight * second;
+        unpack<T>(words[x], first, second);
+        sum[2 * x] += a * first;
+        sum[2 * x + 1] += a * second;
       }
     }
+  }
+  // Those sums onto what is left of n, for the segment's first chunk.
+  __device__ __forceinline__ void put_keys_ahead(float (&sum)[8], int slab, float left) const {
+    const int lane = threadIdx.x & 31, d = slab * 64 + (lane & 7) * 8;
 #pragma unroll
-    for (int x = 0; x < 2; ++x) n[x] = (g == 0.0f ? 0.0f : n[x] * g) + sum[x];
+    for (int x = 0; x < 8; ++x) {
+      sum[x] += __shfl_xor_sync(0xffffffffu, sum[x], 8);
+      sum[x] += __shfl_xor_sync(0xffffffffu, sum[x], 16);
+      if (lane >> 3 == x / 2) {
+        const float given = left == 0.0f ? 0.0f : left * load_shared(normalizer(d + x));
+        put_normalizer(d + x, given + sum[x], 0);
+      }
+    }
   }
   // n of a dim, and into a k tile as the sum of row 64 and row 65.
   __device__ __forceinline__ void put_normalizer(int d, float n, int stage) const {
@@ -524,7 +677,6 @@ struct Block {
 
   // ---- states at the ends of the segment
 
-  __device__ __forceinline__ int segments_before() const { return Shape::kCatchUp ? 0 : segment; }
   __device__ __forceinline__ int64_t segment_index(int j) const {
     return (static_cast<int64_t>(row) * args.nh + head) * (args.segments - 1) + j;
   }
@@ -546,8 +698,10 @@ struct Block {
       });
     };
     if (args.n_initial.data != nullptr) add(at<float>(args.n_initial, row, head, 0), 0.0f);
+    if constexpr (!Shape::kCatchUp) {
 #pragma unroll 1
-    for (int j = 0; j < segments_before(); ++j) add(segment_normalizer(j), segment_decay(j));
+      for (int j = 0; j < segment; ++j) add(segment_normalizer(j), segment_decay(j));
+    }
     each_dim<Shape::kSlabs>(0, [&](int d, int j, int half) { put_normalizer(d, n[j][half], 0); });
   }
   __device__ __forceinline__ void last_normalizer() const {
@@ -564,6 +718,13 @@ struct Block {
 #pragma unroll
     for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] = 0.0f;
     if (args.c_initial.data != nullptr) move_state<true>(c, args.c_initial, group);
+    if constexpr (Shape::kCatchUp) {
+      if (args.c_initial.data == nullptr) return;
+      const float left = ahead_decay();
+#pragma unroll
+      for (int x = 0; x < 32 * Shape::kStateSlabs; ++x) c[x] = left == 0.0f ? 0.0f : c[x] * left;
+      return;
+    }
     const int thread = threadIdx.x % 128;
     const int column = column_of(group), row = (thread >> 5) * 16 + (thread >> 2 & 7);
     // By slabs, for the loads in flight take registers too.
@@ -572,7 +733,7 @@ struct Block {
       const int d = dim_of(group) + slab * 64;
       if (column >= args.dhhv || d >= args.dhqk) continue;
 #pragma unroll 1
-      for (int j = 0; j < segments_before(); ++j) {
+      for (int j = 0; j < segment; ++j) {
         const float g = segment_decay(j);
         const float* own = args.segment_c +
                            (segment_index(j) * args.dhqk + d + (thread & 3) * 2) * args.dhhv +

@@ -136,15 +136,16 @@ pub(crate) const fn hopper_rows(rows: i64, columns: i64) -> i64 {
 
 const MULTIPROCESSORS: i64 = 132;
 
+/// A chunk's time; others are measured in fifteenths of it, for the forward on an H200 at DHQK 256, where it
+/// is 3 us. Those of the backward are alike.
+const CHUNK_COST: i64 = 15;
+
 /// How many parts to cut sequences into, and whether they catch up. A multiprocessor runs one block at a
-/// time; a block takes its chunks one after another. Costs are in fifths of a chunk's time, as measured
-/// for the forward on an H200 (DHQK 256: 3 us for a chunk, 0.6 for its state alone, 15 for a kernel of
-/// such, 2.7 for each state that the last part begins with); those of the backward are alike.
+/// time; a block takes its chunks one after another.
 fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> (i64, bool) {
-    const CHUNK: i64 = 5;
-    const STATE: i64 = 1;
-    const STATES_KERNEL: i64 = 20;
-    const STATE_BEFORE: i64 = 4;
+    const STATE: i64 = 3; // of a chunk alone
+    const STATES_KERNEL: i64 = 60; // for those of parts
+    const STATE_BEFORE: i64 = 12; // for each that the last part begins with
     let ceil = |a: i64, b: i64| (a + b - 1) / b;
     let p = problem;
     let chunks = ceil(num_chunks, p.num_seqs.unwrap_or(1));
@@ -160,7 +161,7 @@ fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> (i64, bool) {
     }
     let cost = |segments: i64| {
         let each = ceil(chunks, segments);
-        let main = ceil(blocks * segments, MULTIPROCESSORS) * each * CHUNK;
+        let main = ceil(blocks * segments, MULTIPROCESSORS) * each * CHUNK_COST;
         let states = ceil(blocks * (segments - 1), MULTIPROCESSORS) * each * STATE;
         let extra = if segments > 1 { STATES_KERNEL } else { 0 } + (segments - 1) * STATE_BEFORE;
         main + states + extra
@@ -179,23 +180,22 @@ fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> (i64, bool) {
     if catch_up_cost(chunks, most) < cost(segments) { (most, true) } else { (segments, false) }
 }
 
-/// The longest time of so many parts that catch up, in fifths of a chunk's. For its state alone one then
-/// takes two fifths, as measured: all of the chunks before come from memory for each part anew.
+/// The longest time of so many parts that catch up.
 fn catch_up_cost(chunks: i64, segments: i64) -> i64 {
-    const CHUNK: i64 = 5;
-    const STATE: i64 = 2;
+    const STATE: i64 = 5; // of a chunk before the part, which comes from memory for each part anew
     let cost = |segment| {
-        let (from, to) =
-            (caught_up(chunks, segments, segment), caught_up(chunks, segments, segment + 1));
-        if to > from { STATE * from + CHUNK * (to - from) } else { 0 }
+        let from = caught_up(chunks, segments, segment);
+        let own = caught_up(chunks, segments, segment + 1) - from;
+        if own > 0 { STATE * from + CHUNK_COST * own } else { 0 }
     };
     (0..segments).map(cost).max().unwrap_or(0)
 }
 
-/// Where a part starts that catches up (`caught_up` of `kernels/sweep_sm90.cuh`).
+/// Where a part starts that catches up (`caught_up` of `kernels/sweep_sm90.cuh`): all take the same time if
+/// each is 1 - 1/3 of the one before.
 fn caught_up(chunks: i64, segments: i64, segment: i64) -> i64 {
-    let upto = |count: i64| 1.0 - 0.8f64.powf(count as f64);
-    (chunks as f64 * upto(segment) / upto(segments)).round() as i64
+    let upto = |count: i64| 1.0 - (2.0f64 / 3.0).powf(count as f64);
+    (chunks as f64 * upto(segment) / upto(segments) + 0.4) as i64
 }
 
 /// The caller's wish does not count here: kernels come for one length per type, and the peers'
@@ -203,4 +203,25 @@ fn caught_up(chunks: i64, segments: i64, segment: i64) -> i64 {
 fn cuda_chunk(problem: &Problem) -> i64 {
     let [short, long] = CUDA_CHUNKS;
     if problem.dtype.size() == 2 { long } else { short }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_that_catch_up_cover_all_chunks_in_order() {
+        for chunks in 1..200 {
+            for segments in 2..34 {
+                let starts: Vec<_> =
+                    (0..=segments).map(|part| caught_up(chunks, segments, part)).collect();
+                assert_eq!((starts[0], starts[segments as usize]), (0, chunks));
+                assert!(starts.windows(2).all(|pair| pair[0] <= pair[1]), "{starts:?}");
+            }
+        }
+        assert_eq!(
+            (0..5).map(|part| caught_up(16, 4, part)).collect::<Vec<_>>(),
+            [0, 7, 11, 14, 16]
+        );
+    }
 }

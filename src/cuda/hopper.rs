@@ -89,7 +89,11 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
         {
             sweeps::segment_states(&run, "segments_c", &t.v, &t.k, &vectors)?;
         }
-        let kernel = if plan.catch_up { "catch_up" } else { "forward" };
+        let kernel = match (plan.catch_up, vectors) {
+            (true, _) => "catch_up",
+            (false, None) => "gated",
+            (false, Some(_)) => "forward",
+        };
         let name = format!("hopper_{kernel}_{shape}");
         // The first kernel of a call does not overlap others'.
         let overlap = vectors.is_some() || p.num_seqs.is_some();

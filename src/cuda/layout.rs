@@ -77,7 +77,7 @@ pub(super) fn makes_vectors(problem: &Problem, plan: &Plan) -> bool {
     let p = problem;
     let busy = p.dhqk > 64 && p.dhhv > 64;
     let longest = if busy { 32 } else { i64::MAX };
-    p.dhqk <= 128 && plan.num_chunks <= longest && (plan.segments == 1 || plan.catch_up)
+    p.dhqk <= 128 && plan.num_chunks <= longest && plan.segments == 1
 }
 
 /// The buffers in a workspace of [`workspace_size`] bytes.

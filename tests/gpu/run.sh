@@ -40,11 +40,8 @@ fi
 if [[ "${SANITIZE:-1}" != 0 ]]; then
   for tool in memcheck racecheck initcheck synccheck; do
     heading "compute-sanitizer $tool"
-    # What racecheck does not follow in the kernels for the H100 and H200: kernels/NOTES.md.
-    engine=
-    if [[ $tool == racecheck ]]; then engine=--generic; fi
     (cd tests/gpu && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-      --error-exitcode 1 "$PYTHON" sanitize.py $engine | tail -n 5)
+      --error-exitcode 1 "$PYTHON" sanitize.py | tail -n 5)
   done
 fi
 

@@ -119,6 +119,48 @@ def test_segments(s, dims, initial):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{}, {"initial": False}, {"state_dtype": F16}, {"sigmoid": True}, {"f_bias": 6.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64), (128, 320), (256, 192)])
+@pytest.mark.parametrize("s", [100, 700, 1500])
+def test_parts_that_catch_up(s, dims, options):
+    """Few heads and short sequences: each part of a forward makes the state before it itself."""
+    check(Case(dtype=BF16, b=1, nh=2, s=s, dhqk=dims[0], dhhv=dims[1], seed=s, **options))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (256, 128)])
+def test_parts_that_catch_up_after_a_reset(dims):
+    """Nothing of before counts, not even where it is no number."""
+    case = Case(dtype=BF16, b=1, nh=1, s=900, dhqk=dims[0], dhhv=dims[1], f_bias=4.0)
+    inputs = case.inputs()
+    inputs["f"][:, :, [130, 640]] = float("-inf")
+    check(case, inputs)
+    for name in ("k", "v"):
+        inputs[name][:, :, :100] = float("nan")
+    inputs["c_initial"][:] = inputs["n_initial"][:] = float("nan")
+    got = case.run("cuda", inputs, backward=False)
+    assert got["h"][:, :, 192:].isfinite().all()
+    assert got["c_last"].isfinite().all() and got["n_last"].isfinite().all()
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_many_heads(dims, sigmoid):
+    """Sequences in one piece each, of more chunks than the warps for the gates hold at a time."""
+    sizes = dict(b=10, nh=7, s=1500, dhqk=dims[0], dhhv=dims[1], sigmoid=sigmoid)
+    inputs = Case(dtype=BF16, **sizes).inputs()
+    got, wanted = (
+        Case(dtype=BF16, **sizes, flags=flags).run("cuda", inputs, backward=False)
+        for flags in (0, mlstm_c.GENERIC_ENGINE)
+    )
+    for name, reference in wanted.items():
+        error = (got[name].double() - reference.double()).norm() / reference.double().norm()
+        assert error < (1e-5 if name in ("m", "m_last") else 6e-3), name
+
+
+@pytest.mark.parametrize(
     "options", [{}, {"last": False}, {"dm_last": True}, {"sigmoid": True}], ids=str
 )
 @pytest.mark.parametrize("dims", [(128, 512), (512, 320), (64, 1600), (256, 640)])
