@@ -171,9 +171,11 @@ fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> (i64, bool) {
         .take_while(|&segments| segments == 1 || chunks >= segments * fewest)
         .min_by_key(|&segments| cost(segments))
         .unwrap_or(1);
-    // There are no kernels that catch up with the halves of a state.
+    // There are no kernels that catch up with the halves of a state. What parts of long sequences add is
+    // often soon forgotten, at which the kernel for it stops.
+    const LONGEST: i64 = 64;
     let room = MULTIPROCESSORS / blocks;
-    if backward || p.dhqk > 256 || chunks < 2 || room < 2 {
+    if backward || p.dhqk > 256 || !(2..=LONGEST).contains(&chunks) || room < 2 {
         return (segments, false);
     }
     let most = room.min(chunks);

@@ -143,6 +143,7 @@ fn long_sequences_of_few_heads_are_cut_in_segments() {
     assert!(segments(1, 1, 65536) > 4);
     assert!(plan_of(Op::ChunkwiseFw, 1, 8, 512).catch_up, "short enough to take again");
     assert!(!plan_of(Op::ChunkwiseFw, 1, 8, 65536).catch_up);
+    assert!(!plan_of(Op::ChunkwiseFw, 2, 8, 32768).catch_up);
     assert!(!plan_of(Op::ChunkwiseFw, 8, 8, 8192).catch_up, "in one piece");
     assert!(!plan_of(Op::ChunkwiseBw, 1, 8, 1024).catch_up);
     assert_eq!(segments_of(Op::ChunkwiseBw, 8, 8, 8192), 1);
