@@ -146,6 +146,7 @@ fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> (i64, bool) {
     const STATE: i64 = 3; // of a chunk alone
     const STATES_KERNEL: i64 = 60; // for those of parts
     const STATE_BEFORE: i64 = 12; // for each that the last part begins with
+    const GATES_KERNEL: i64 = 50; // where one part needs none (`makes_vectors` of src/cuda/layout.rs)
     let ceil = |a: i64, b: i64| (a + b - 1) / b;
     let p = problem;
     let chunks = ceil(num_chunks, p.num_seqs.unwrap_or(1));
@@ -159,12 +160,13 @@ fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> (i64, bool) {
     if blocks > 4 * MULTIPROCESSORS {
         return (1, false);
     }
+    let gates = if !backward && p.dhqk <= 128 { GATES_KERNEL } else { 0 };
     let cost = |segments: i64| {
         let each = ceil(chunks, segments);
         let main = ceil(blocks * segments, MULTIPROCESSORS) * each * CHUNK_COST;
         let states = ceil(blocks * (segments - 1), MULTIPROCESSORS) * each * STATE;
-        let extra = if segments > 1 { STATES_KERNEL } else { 0 } + (segments - 1) * STATE_BEFORE;
-        main + states + extra
+        let kernels = if segments > 1 { gates + STATES_KERNEL } else { 0 };
+        main + states + kernels + (segments - 1) * STATE_BEFORE
     };
     let segments = (0..7)
         .map(|exponent| 1 << exponent)
@@ -179,7 +181,11 @@ fn hopper_segments(op: Op, problem: &Problem, num_chunks: i64) -> (i64, bool) {
         return (segments, false);
     }
     let most = room.min(chunks);
-    if catch_up_cost(chunks, most) < cost(segments) { (most, true) } else { (segments, false) }
+    if gates + catch_up_cost(chunks, most) < cost(segments) {
+        (most, true)
+    } else {
+        (segments, false)
+    }
 }
 
 /// The longest time of so many parts that catch up.

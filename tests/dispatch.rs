@@ -144,6 +144,14 @@ fn long_sequences_of_few_heads_are_cut_in_segments() {
     assert!(plan_of(Op::ChunkwiseFw, 1, 8, 512).catch_up, "short enough to take again");
     assert!(!plan_of(Op::ChunkwiseFw, 1, 8, 65536).catch_up);
     assert!(!plan_of(Op::ChunkwiseFw, 2, 8, 32768).catch_up);
+    let small = |s: i64| {
+        let (device, dtype) = (Device::Cuda, DType::Bf16);
+        let dims = ProblemSpec { b: 1, dhqk: 64, dhhv: 64, ..spec(s) };
+        let spec = ProblemSpec { device, dtype, ..dims };
+        plan(Op::ChunkwiseFw, &spec.validate(Op::ChunkwiseFw).unwrap(), hopper).unwrap()
+    };
+    assert_eq!(small(256).segments, 1, "in one kernel");
+    assert!(small(2048).catch_up);
     assert!(!plan_of(Op::ChunkwiseFw, 8, 8, 8192).catch_up, "in one piece");
     assert!(!plan_of(Op::ChunkwiseBw, 1, 8, 1024).catch_up);
     assert_eq!(segments_of(Op::ChunkwiseBw, 8, 8, 8192), 1);
