@@ -2,8 +2,8 @@
 // registers for them: see forward_sm90.cuh. Elsewhere gates_sm90.cu makes all vectors beforehand.
 #pragma once
 
+#include "forward_states_sm90.cuh"
 #include "gates_sm90.cuh"
-#include "sweep_sm90.cuh"
 
 namespace mlstm {
 

@@ -6,7 +6,9 @@
 //   state warpgroups   each holds C transposed, 64 columns of DHHV as rows x all of DHQK, in float
 //                      accumulators: they are the A operand of C^T q without leaving registers
 //   score warpgroup    P = D * (q k^T), the denominators, and n
-//   a warp             loads, or the last state warpgroup where large states take all registers
+//   other warps        load, and make the chunks' vectors from the gates (forward_gates_sm90.cuh); where
+//                      large states take all registers the last state warpgroup loads, and
+//                      gates_sm90.cu makes the vectors beforehand
 // Per chunk a state warpgroup does
 //   O^T = C^T q^T          decays C meanwhile
 //   O^T = w O^T + v^T P^T  waits for the score warpgroup's P
@@ -15,11 +17,13 @@
 // digits), fills rows 64 and 65 of each k tile. Its new terms sum_y a_y k_y are a product too, with
 // a in two such numbers.
 //
-// Segments run side by side: segments_sm90.cu leaves the states that each one adds from zero, in the
-// frame of its end, and a block puts together what the segments before its own leave behind.
+// Segments run side by side. Of long sequences segments_sm90.cu leaves the states that each one adds from
+// zero, in the frame of its end, and a block puts together what the segments before its own leave behind.
+// In short ones a block catches up: it adds the chunks before its segment to its state itself.
 #pragma once
 
 #include "forward_gates_sm90.cuh"
+#include "forward_states_sm90.cuh"
 #include "overlap.cuh"
 
 namespace mlstm {

@@ -149,11 +149,6 @@ __device__ __forceinline__ float load_shared(uint32_t from) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from));
   return x;
 }
-__device__ __forceinline__ uint32_t load_shared_word(uint32_t from) {
-  uint32_t x;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from));
-  return x;
-}
 __device__ __forceinline__ float4 load_shared_4(uint32_t from) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
