@@ -199,8 +199,8 @@ fn catch_up_cost(chunks: i64, segments: i64) -> i64 {
     (0..segments).map(cost).max().unwrap_or(0)
 }
 
-/// Where a part starts that catches up (`caught_up` of `kernels/sweep_sm90.cuh`): all take the same time if
-/// each is 1 - 1/3 of the one before.
+/// Where a part starts that catches up (`caught_up` of `kernels/forward_block_sm90.cuh`): all take the
+/// same time if each is 1 - 1/3 of the one before.
 fn caught_up(chunks: i64, segments: i64, segment: i64) -> i64 {
     let upto = |count: i64| 1.0 - (2.0f64 / 3.0).powf(count as f64);
     (chunks as f64 * upto(segment) / upto(segments) + 0.4) as i64

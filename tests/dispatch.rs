@@ -178,16 +178,21 @@ proptest! {
         (num_seqs, chunk_size) in (prop_oneof![Just(0), size()], prop_oneof![Just(0), size()]),
         op in prop::sample::select(OPS.to_vec()),
         sigmoid in any::<bool>(),
+        hopper in any::<bool>(),
     ) {
         let gate = if sigmoid { Gate::Sigmoid { normalize: true } } else { Gate::Exponential };
         let dtype = DType::Bf16;
-        let spec =
-            ProblemSpec { b, nh, s, dhqk, dhhv, num_seqs, chunk_size, gate, dtype, ..spec(0) };
+        let device = if hopper { Device::Cuda } else { Device::Cpu };
+        let capabilities = Capabilities { has_cuda: hopper, hopper };
+        let dims = ProblemSpec { dhqk, dhhv, device, ..spec(0) };
+        let spec = ProblemSpec { b, nh, s, num_seqs, chunk_size, gate, dtype, ..dims };
         let Ok(problem) = spec.validate(op) else { return Ok(()) };
-        let plan = plan(op, &problem, NO_CUDA).unwrap();
-        prop_assert_eq!((plan.op, plan.engine), (op, Engine::Cpu));
+        let plan = plan(op, &problem, capabilities).unwrap();
+        prop_assert_eq!(plan.op, op);
+        prop_assert_eq!(plan.engine == Engine::Cpu, !hopper);
+        prop_assert!(plan.segments >= 1);
         prop_assert!(plan.chunk_size >= 1 && plan.num_chunks >= 1);
-        prop_assert!(plan.chunk_size <= s.max(1));
+        prop_assert!(hopper || plan.chunk_size <= s.max(1));
         let covered = i128::from(plan.chunk_size) * i128::from(plan.num_chunks);
         prop_assert!(covered >= i128::from(s));
         prop_assert!(plan.num_chunks >= num_seqs);
