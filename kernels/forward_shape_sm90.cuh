@@ -5,8 +5,8 @@
 
 namespace mlstm {
 
-// Passed by value to every Hopper kernel: copy descriptors of tensors as (64, S, slabs, NH, B) and of
-// Args::packed, and what every kernel gets.
+// Passed by value to the forward: copy descriptors of tensors as (64, S, slabs, NH, B) and of Args::packed,
+// and what every kernel gets.
 struct HopperArgs {
   TensorMap q, k, v, h, packed;
   Args args;
@@ -55,8 +55,7 @@ struct HopperShape {
   // All together are at most the pool: what the compiler gives to each thread, times all threads.
   static constexpr bool kTight = kSplit || (kLarge && kCatchUp);  // for the scores
   static constexpr int kStateRegisters = kTight ? 216 : kLarge ? 208 : kWgs == 1 ? 208 : 168;
-  static constexpr int kScoreRegisters =
-      kTight ? 72 : kLarge ? 88 : kWgs == 1 ? 168 : 120;
+  static constexpr int kScoreRegisters = kTight ? 72 : kLarge ? 88 : kWgs == 1 ? 168 : 120;
   static constexpr int kLoadRegisters = kWgs == 1 ? 112 : 56;
   static_assert(kWgs * kStateRegisters + kScoreRegisters + (kLoader ? kLoadRegisters : 0) <=
                 kThreads / 128 * (65536 / kThreads / 8 * 8));
@@ -69,9 +68,7 @@ struct HopperShape {
   // k, and P's and h's v.
   static constexpr int kAhead = kLarge ? 2 * kStages : kStages;
   static constexpr int kTurns = 24 << 20;  // a multiple of kAhead
-  static __device__ __forceinline__ int ahead_stage(int i) {
-    return (i + kTurns) % kAhead;
-  }
+  static __device__ __forceinline__ int ahead_stage(int i) { return (i + kTurns) % kAhead; }
 
   // Arrivals that free a chunk's k and vectors: each thread's own where warps write vectors anew; else one of
   // each warp of the scores and one of each state warpgroup.

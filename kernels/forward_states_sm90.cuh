@@ -122,7 +122,7 @@ struct Block : BlockTiles<T, Shape> {
     return args.segment_g[segment_index(j)];
   }
 
-  // The initial state, then what the segments before this one make of it, unless the block does.
+  // The initial state, then what the segments before this one make of it, unless the block catches up.
   __device__ __forceinline__ void first_normalizer() const {
     float n[Shape::kSlabs][2] = {};
     const auto add = [&](const float* from, float g) {

@@ -44,6 +44,13 @@ pub struct Plan {
     pub catch_up: bool,
 }
 
+impl Plan {
+    /// Parts of each sequence whose addition to the state a kernel before makes: all but one, or none.
+    pub(crate) fn summed_segments(&self) -> i64 {
+        if self.catch_up { 0 } else { self.segments - 1 }
+    }
+}
+
 impl fmt::Display for Plan {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(

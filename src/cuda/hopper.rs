@@ -84,8 +84,7 @@ pub(super) fn forward(call: &Fw, plan: &Plan, workspace: Workspace, stream: Stre
             None => run.chunk_table()?,
         }
         if let Some(vectors) = vectors
-            && plan.segments > 1
-            && !plan.catch_up
+            && plan.summed_segments() > 0
         {
             sweeps::segment_states(&run, "segments_c", &t.v, &t.k, &vectors)?;
         }

@@ -136,8 +136,7 @@ fn carve(
     let hopper = plan.engine == Engine::Hopper;
     let generic = !hopper;
     let generic_backward = generic && backward;
-    let parts = if plan.catch_up { 0 } else { plan.segments - 1 };
-    let parts = product(&[if backward { 2 } else { 1 }, rows, p.nh, parts]);
+    let parts = product(&[if backward { 2 } else { 1 }, rows, p.nh, plan.summed_segments()]);
     let hopper_backward = hopper && backward;
     let vectors = hopper_backward || (hopper && !makes_vectors(p, plan));
     // Parts of DHHV take turns; none needs more than a full one.
@@ -224,6 +223,32 @@ mod tests {
                 assert!(room >= 2 * 2 * 16 * 3 * 3 * PART_SUM_BYTES, "{dhhv}: {room}");
             }
         }
+    }
+
+    /// What a forward needs beside its tensors: vectors, and states of parts, only where kernels before
+    /// make them.
+    #[test]
+    fn forwards_take_memory_for_what_other_kernels_make() {
+        let buffers_of = |b: i64, s: i64, dim: i64| {
+            let base =
+                ProblemSpec { device: Device::Cuda, dtype: DType::Bf16, ..Default::default() };
+            let spec = ProblemSpec { b, nh: 4, s, dhqk: dim, dhhv: dim, ..base };
+            let problem = spec.validate(Op::ChunkwiseFw).unwrap();
+            let hopper = Capabilities { has_cuda: true, hopper: true };
+            let plan = dispatch::plan(Op::ChunkwiseFw, &problem, hopper).unwrap();
+            let mut carver = Carver::default();
+            let base = std::ptr::dangling_mut::<u8>();
+            let buffers = carve(&problem, &plan, false, &mut carver, base);
+            let states = buffers.segment_n.addr() - buffers.segment_c.addr();
+            (plan, buffers.packed.is_null(), states, carver.total().unwrap())
+        };
+        let (plan, no_vectors, _, total) = buffers_of(40, 1000, 64);
+        assert!(plan.segments == 1 && no_vectors && total == 0, "gates on the way: {total}");
+        let (plan, no_vectors, states, _) = buffers_of(1, 1000, 256);
+        assert!(plan.catch_up && plan.segments > 1 && !no_vectors && states == 0);
+        let (plan, no_vectors, states, _) = buffers_of(1, 100_000, 256);
+        assert!(!plan.catch_up && plan.segments > 1 && !no_vectors);
+        assert_eq!(states as i64, (plan.segments - 1) * 4 * 256 * 256 * 4);
     }
 
     /// Boundaries and scores are those of one part at a time.
