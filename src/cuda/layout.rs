@@ -244,8 +244,10 @@ mod tests {
         };
         let (plan, no_vectors, _, total) = buffers_of(40, 1000, 64);
         assert!(plan.segments == 1 && no_vectors && total == 0, "gates on the way: {total}");
-        let (plan, no_vectors, states, _) = buffers_of(1, 1000, 256);
-        assert!(plan.catch_up && plan.segments > 1 && !no_vectors && states == 0);
+        for (s, dim) in [(2000, 64), (1000, 256)] {
+            let (plan, no_vectors, states, _) = buffers_of(1, s, dim);
+            assert!(plan.catch_up && plan.segments > 1 && !no_vectors && states == 0, "{dim}");
+        }
         let (plan, no_vectors, states, _) = buffers_of(1, 100_000, 256);
         assert!(!plan.catch_up && plan.segments > 1 && !no_vectors);
         assert_eq!(states as i64, (plan.segments - 1) * 4 * 256 * 256 * 4);
