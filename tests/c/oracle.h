@@ -13,6 +13,9 @@ struct oracle {
   double* h;
   /* The state (dhqk, dhhv), (dhqk), (1): before the first token, then after the last. */
   double *c, *n, *m;
+  /* What the sums above would be without cancellation, by which rounding errors grow: each term's
+   * absolute value in place of the term; the states' begin as the absolute values of the states. */
+  double *h_terms, *c_terms, *n_terms, *m_terms;
 };
 
 /* Returns a number that tells which side of the denominator's maximum each token was on. */
