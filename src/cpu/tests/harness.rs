@@ -2,6 +2,8 @@
 
 use std::cell::Cell as StdCell;
 
+use crate::cpu::reference::{self, Cell, Forward, Sequence};
+use crate::problem::Gate;
 use crate::tensor::{DType, View};
 use crate::workspace::Workspace;
 
@@ -230,6 +232,11 @@ impl Error {
         }
     }
 
+    /// Adds to the norm of what is expected alone.
+    pub(super) fn expect(&mut self, expected: &[f64]) {
+        self.norm += expected.iter().map(|x| x * x).sum::<f64>();
+    }
+
     /// Relative to at least `size`, for quantities that may be nearly zero as a whole.
     pub(super) fn relative(&self, size: f64) -> f64 {
         if self.difference == 0.0 {
@@ -242,4 +249,34 @@ impl Error {
     pub(super) fn size(&self) -> f64 {
         self.norm.sqrt()
     }
+}
+
+/// The same with absolute values for all factors of sums: what these would be if nothing cancelled.
+pub(super) fn magnitudes(sequence: &Sequence) -> Sequence {
+    let positive = |x: &[f64]| x.iter().map(|x| x.abs()).collect();
+    let mut terms = sequence.clone();
+    terms.q = positive(&sequence.q);
+    terms.k = positive(&sequence.k);
+    terms.v = positive(&sequence.v);
+    terms.initial.c = positive(&sequence.initial.c);
+    terms.initial.n = positive(&sequence.initial.n);
+    terms
+}
+
+/// The terms of each h: those of its numerator, and h times those of its denominator. Rounding errors are
+/// relative to them, whatever is left of their sums.
+pub(super) fn terms_of_h(cell: &Cell, sequence: &Sequence, forward: &Forward) -> Vec<f64> {
+    let terms = reference::forward(cell, &magnitudes(sequence));
+    let den = |n: f64, m: f64| match cell.gate {
+        Gate::Exponential => n.abs().max((-m).exp()) + cell.eps,
+        Gate::Sigmoid { normalize: true } => n.abs().max(1.0) + cell.eps,
+        Gate::Sigmoid { normalize: false } => 1.0,
+    };
+    let each = |(at, (h, numerator)): (usize, (&f64, &f64))| {
+        let (n, m) = (at / sequence.dhhv, forward.m[at / sequence.dhhv]);
+        let (own, all) = (den(forward.n[n], m), den(terms.n[n], m));
+        let denominator = if cell.gate.has_normalizer() { h.abs() * terms.n[n] } else { 0.0 };
+        if own.is_finite() { (numerator * all + denominator) / own } else { 0.0 }
+    };
+    forward.h.iter().zip(&terms.h).enumerate().map(each).collect()
 }

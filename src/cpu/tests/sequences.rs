@@ -1,6 +1,6 @@
 //! Forward and backward of `chunkwise` and `parallel` against the oracle.
 
-use super::harness::{Buffer, Error, Poisoned, Random};
+use super::harness::{Buffer, Error, Poisoned, Random, magnitudes};
 use crate::cpu::level::Level;
 use crate::cpu::reference::{self, Cell, Forward, Incoming, Sequence, State};
 use crate::cpu::{backward_at, forward_at, workspace_size};
@@ -232,6 +232,11 @@ fn run(case: &Case, d: &Data, level: Level, threads: usize, random: &Random) -> 
     r
 }
 
+/// Distance of 1 and the next number of the type that a dtype is computed in.
+fn unit(dtype: DType) -> f64 {
+    if dtype == DType::F64 { f64::EPSILON } else { f32::EPSILON.into() }
+}
+
 /// Relative errors of one run.
 #[derive(Clone, Copy, Default)]
 struct Errors {
@@ -243,25 +248,24 @@ struct Errors {
     initial: [Error; 3],
     /// Rounding errors of one token's N, relative to its denominator, in units of the type's.
     condition: f64,
+    /// Least distance of a token's |N| from its floor, where the gradient jumps, in rounding errors.
+    kink: f64,
 }
 
 impl Errors {
     /// Where the terms of N cancel, its rounding errors are large beside the denominator; h and the
     /// gradients cannot be better than that, whoever computes them.
-    fn note_condition(&mut self, cell: &Cell, sequence: &Sequence, forward: &Forward) {
+    fn note_condition(&mut self, cell: &Cell, sequence: &Sequence, forward: &Forward, unit: f64) {
         if !cell.gate.has_normalizer() {
             return;
         }
-        let positive = |x: &[f64]| x.iter().map(|x| x.abs()).collect();
-        let mut terms = sequence.clone();
-        terms.q = positive(&sequence.q);
-        terms.k = positive(&sequence.k);
-        terms.initial.n = positive(&sequence.initial.n);
-        let sums = reference::forward(cell, &terms).n;
+        let sums = reference::forward(cell, &magnitudes(sequence)).n;
         for ((sum, n), m) in sums.iter().zip(&forward.n).zip(&forward.m) {
             let den = n.abs().max((-m).exp());
             if den.is_finite() && den > 0.0 {
                 self.condition = self.condition.max(sum / den);
+                let distance = (n.abs() - (-m).exp()).abs() / (sum + (-m).exp());
+                self.kink = self.kink.min(distance / unit);
             }
         }
     }
@@ -285,7 +289,7 @@ fn compare(case: &Case, d: &Data, r: &Results) -> Errors {
     };
     let (dhqk, dhhv) = (p.dhqk as usize, p.dhhv as usize);
     let m = p.gate.has_stabilizer();
-    let mut errors = Errors::default();
+    let mut errors = Errors { kink: f64::INFINITY, ..Errors::default() };
     for row in 0..p.state_rows() as usize {
         let (batch, start, len) = match &case.offsets {
             Some(offsets) => (0, offsets[row] as usize, (offsets[row + 1] - offsets[row]) as usize),
@@ -312,7 +316,7 @@ fn compare(case: &Case, d: &Data, r: &Results) -> Errors {
                 initial,
             };
             let forward = reference::forward(&cell, &sequence);
-            errors.note_condition(&cell, &sequence, &forward);
+            errors.note_condition(&cell, &sequence, &forward, unit(p.dtype));
             errors.h.extend(&r.h.rows(&at, 2, len), &forward.h);
             errors.n.extend(&tokens(&r.n), &forward.n);
             let last = state_of([&r.last[0], &r.last[1], &r.last[2]], row, head, p);
@@ -376,7 +380,7 @@ fn check(case: &Case, errors: &Errors, tolerance: Tolerance) {
     let small = (dv.size() * 1e-2).max(tiny);
     let gates = di.size().max(small);
     let dots = (errors.initial[0].size() * errors.last[0].size()).max(gates) + 1.0;
-    let unit = if case.spec.dtype == DType::F64 { f64::EPSILON } else { f32::EPSILON.into() };
+    let unit = unit(case.spec.dtype);
     // Most draws have no token like that, and get no allowance: it would hide errors.
     let cancels = errors.condition > 500.0;
     let cancelled = if cancels { (4.0 * unit * errors.condition).min(0.05) } else { 0.0 };
@@ -402,6 +406,11 @@ fn check(case: &Case, errors: &Errors, tolerance: Tolerance) {
         let error = error.relative(size);
         // The states do not pass through the denominator.
         let bound = if name.ends_with("_last") { bound } else { bound.max(cancelled) };
+        // On which side of the floor rounding leaves N is chance, and either gradient right.
+        let jumps = ["dq", "dk", "di", "df", "dn_initial", "dm_initial"].contains(&name);
+        if jumps && errors.kink < 8.0 {
+            continue;
+        }
         assert!(
             error <= bound,
             "{name}: {error:.2e} > {bound:.1e}\n{case:?}\n{}",
