@@ -46,7 +46,7 @@ pub struct Plan {
 
 impl Plan {
     /// Parts of each sequence whose addition to the state a kernel before makes: all but one, or none.
-    pub(crate) fn summed_segments(&self) -> i64 {
+    pub fn summed_segments(&self) -> i64 {
         if self.catch_up { 0 } else { self.segments - 1 }
     }
 }
