@@ -30,7 +30,7 @@ EXTENSION := bindings/python/mlstm/_lib/mlstm_xla.so
 STAGE := $(abspath build/stage)
 REQUIREMENTS := bindings/python/requirements-dev.txt tests/requirements.txt
 C_FILES := $(wildcard bindings/*/*.cpp xla_ffi/*.cpp examples/c/*.[ch] examples/cpp/*.cpp examples/cpp/*.h \
-	tests/c/*.[ch])
+	tests/c/*.[ch] tests/emulator/*.cc tests/emulator/*.h)
 # A Debian-like machine may lack pkg-config and cmake; the wheels stand in.
 TOOLS := PATH="$$PATH:$(abspath $(VENV))/bin" PKG_CONFIG_PATH="$(STAGE)/lib/pkgconfig"
 heading = @printf '\n==> %s\n' "$(1)"
@@ -111,7 +111,8 @@ stage: lib
 # ---- Testing ----------------------------------------------------------------------------------
 
 .PHONY: test
-test: setup check test-rust test-abi test-c test-install test-readme test-python test-jax ## all tests
+test: setup check test-rust test-emulator test-abi test-c test-install test-readme test-python \
+		test-jax ## all tests
 
 .PHONY: check
 check: $(VENV)/.requirements $(NVCC_READY) ## formatting and lints
@@ -135,6 +136,12 @@ test-rust: $(NVCC_READY) ## Rust unit, integration and documentation tests, and 
 	$(call heading,Rust)
 	$(CARGO) test $(CARGO_FLAGS)
 	$(CARGO) run $(CARGO_FLAGS) --example chunkwise
+
+.PHONY: test-emulator
+# Needs nothing but Python and a C++ compiler.
+test-emulator: ## the Hopper forward's kernels on the CPU, in an emulator
+	$(call heading,Kernels in the emulator)
+	$(PYTHON) -B tests/emulator/run.py build/emulator
 
 .PHONY: test-abi
 test-abi: stage ## exported symbols, SONAME, dependencies
