@@ -26,12 +26,12 @@ uint64_t mark_of(uint32_t address) { return 0xba44000000000000u | address; }
 Mbarrier& mbarrier(uint32_t address, const char* what) {
   const unsigned char* pointer = shared_pointer(address, 8, 8, what);
   const auto found = mbarriers.find(address);
-  const std::string name = shared_name(address);
-  if (found == mbarriers.end()) fail(text("%s: no barrier was made at %s", what, name.c_str()));
+  const auto refuse = [&](const char* why) {
+    fail(text("%s: %s the barrier at %s", what, why, shared_name(address).c_str()));
+  };
+  if (found == mbarriers.end()) refuse("nothing has made");
   const uint64_t mark = mark_of(address);
-  if (memcmp(pointer, &mark, sizeof mark) != 0) {
-    fail(text("%s: something has written over the barrier at %s", what, name.c_str()));
-  }
+  if (memcmp(pointer, &mark, sizeof mark) != 0) refuse("something has written over");
   return found->second;
 }
 
@@ -90,16 +90,25 @@ void go_on(Barrier& barrier) {
 
 struct AllArrived : Condition {
   const Barrier& barrier;
-  const std::string name;
+  const char* name;
   const uint64_t generation;
 
-  AllArrived(const Barrier& b, std::string n)
-      : barrier(b), name(std::move(n)), generation(b.generation) {}
+  AllArrived(const Barrier& b, const char* n) : barrier(b), name(n), generation(b.generation) {}
   bool met() const override { return barrier.generation != generation; }
   std::string description() const override {
-    return text("wait in %s: %d threads are there", name.c_str(), barrier.arrived);
+    return text("wait in %s: %d of %d threads are there", name, barrier.arrived, barrier.expected);
   }
 };
+
+// The running thread's arrival, and its wait for the others.
+void sync(Barrier& barrier, int count, const char* name, void* pc) {
+  barrier.expected = count;
+  const AllArrived all(barrier, name);
+  release(barrier.now);
+  if (++barrier.arrived >= count) go_on(barrier);
+  wait_for(all, pc);
+  acquire(barrier.last);
+}
 
 }  // namespace
 
@@ -163,21 +172,12 @@ void named_sync(uint32_t number, int count) {
   if (barrier.arrived > 0 && barrier.expected != count) {
     fail(text("bar.sync %u, %d: others said %d", number, count, barrier.expected));
   }
-  barrier.expected = count;
-  const AllArrived all(barrier, text("bar.sync %u, %d", number, count));
-  release(barrier.now);
-  if (++barrier.arrived == count) go_on(barrier);
-  wait_for(all, EMU_CALLER);
-  acquire(barrier.last);
+  sync(barrier, count, "bar.sync", EMU_CALLER);
 }
 
 void sync_threads() {
   maybe_yield(EMU_CALLER);
-  const AllArrived all(whole_block, text("__syncthreads of %d", alive));
-  release(whole_block.now);
-  if (++whole_block.arrived >= alive) go_on(whole_block);
-  wait_for(all, EMU_CALLER);
-  acquire(whole_block.last);
+  sync(whole_block, alive, "__syncthreads", EMU_CALLER);
 }
 
 std::string unfinished_phases() {

@@ -57,9 +57,9 @@ MUTATIONS = [
     Mutation(
         "an arrival too few expected",
         "forward_block_sm90.cuh",
-        "barrier_init(bar(kValueFull, stage), 1);",
-        "barrier_init(bar(kValueFull, stage), 2);",
-        "deadlock",
+        "barrier_init(bar(kQueryEmpty, stage), 1 + Shape::kWgs);",
+        "barrier_init(bar(kQueryEmpty, stage), Shape::kWgs);",
+        "race: write",
     ),
     Mutation(
         "shared memory too small",
@@ -89,6 +89,14 @@ MUTATIONS = [
         "      weigh(Shape::ahead_stage(i), 0);\n",
         "      weigh(Shape::ahead_stage(i), 0);\n",
         "race: read",
+        "hopper_catch_up_bf16_64x64",
+    ),
+    Mutation(
+        "warps apart where nothing is left of the state",
+        "forward_sm90.cuh",
+        "      block.sync_group(group);\n      finish(i);\n",
+        "      finish(i);\n",
+        "deadlock",
         "hopper_catch_up_bf16_64x64",
     ),
 ]

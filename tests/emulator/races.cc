@@ -13,7 +13,7 @@ namespace emu {
 namespace {
 
 // Agents that are no threads.
-constexpr int kOthers = 240;
+constexpr int kOthers = 128;
 
 int agents = 0, used = 0;
 std::vector<const char*> names;  // of all but threads
@@ -23,28 +23,36 @@ Clock times;
 std::vector<Clock> clocks, fences_known;    // by thread
 std::vector<std::vector<uint32_t>> fences;  // by thread: their times
 
-// Of each two bytes the last write; of each four every agent's last reads since.
+// Of each two bytes the last write; of each four the last read since that all others happened
+// before, or, where there is none, every agent's last.
 struct Write {
   int agent = -1;
   uint32_t time = 0;
   void* pc = nullptr;
 };
+struct Read {
+  int agent = -1;
+  uint32_t time = 0;
+  void* pc = nullptr;
+  bool many = false;
+};
 constexpr uint32_t kBytes = 1 << 18;
 std::vector<Write> writes(kBytes / 2);
-std::vector<uint8_t> has_reads(kBytes / 4);
-std::vector<void*> reads_pc(kBytes / 4);  // the last one's
-uint32_t* reads = nullptr;                // [4 bytes][agents]
-size_t reads_bytes = 0;
+std::vector<Read> reads(kBytes / 4);
+uint32_t* many_reads = nullptr;  // [4 bytes][agents]
+size_t many_bytes = 0;
+
+uint32_t* many_reads_of(uint32_t x) { return many_reads + static_cast<size_t>(x) * agents; }
 
 void make_reads() {
-  if (reads != nullptr) munmap(reads, reads_bytes);
-  reads_bytes = sizeof(uint32_t) * (kBytes / 4) * static_cast<size_t>(agents);
-  void* memory = mmap(nullptr, reads_bytes, PROT_READ | PROT_WRITE,
+  if (many_reads != nullptr) munmap(many_reads, many_bytes);
+  many_bytes = sizeof(uint32_t) * (kBytes / 4) * static_cast<size_t>(agents);
+  void* memory = mmap(nullptr, many_bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) fail("no memory for the detection of races");
-  reads = static_cast<uint32_t*>(memory);
+  many_reads = static_cast<uint32_t*>(memory);
   writes.assign(writes.size(), {});
-  has_reads.assign(has_reads.size(), 0);
+  reads.assign(reads.size(), {});
 }
 
 std::string name(int agent) {
@@ -66,6 +74,38 @@ void check_write(uint32_t x, const char* access, const Access& own) {
   if (w.agent >= 0 && w.agent != own.agent && w.time > (*own.known)[w.agent]) {
     report(x * 2, access, own, kUnordered, "write", w.agent, w.pc);
   }
+}
+
+void check_reads(uint32_t x, const Access& own) {
+  const Read& read = reads[x];
+  if (read.agent < 0) return;
+  const uint32_t *last = many_reads_of(x), *upto = own.known->data();
+  int other = read.agent;
+  if (!read.many) {
+    if (read.time <= upto[other]) return;
+  } else {
+    // Without branches, by several at once.
+    uint32_t unknown = 0;
+    for (int i = 0; i < agents; ++i) unknown |= last[i] > upto[i] ? 1 : 0;
+    if (unknown == 0) return;
+    for (other = 0; last[other] <= upto[other];) ++other;
+  }
+  report(x * 4, "write", own, kUnordered, "read", other, read.pc);
+}
+
+void add_read(uint32_t x, const Access& own) {
+  Read& read = reads[x];
+  if (!read.many) {
+    if (read.agent < 0 || read.agent == own.agent || read.time <= (*own.known)[read.agent]) {
+      read = {own.agent, own.time, own.pc};
+      return;
+    }
+    // What is left there of the time before the last write is known to have happened.
+    many_reads_of(x)[read.agent] = read.time;
+    read.many = true;
+  }
+  many_reads_of(x)[own.agent] = own.time;
+  read.pc = own.pc;
 }
 
 // Of a write that is known to have happened: whether its thread has fenced before that became
@@ -144,25 +184,15 @@ void agent_reads(uint32_t address, uint32_t bytes, const Access& access) {
     check_write(x, "read", access);
     if (access.fenced != nullptr) check_fence(x, access);
   }
-  for (uint32_t x = address / 4; x < (address + bytes + 3) / 4; ++x) {
-    reads[static_cast<size_t>(x) * agents + access.agent] = access.time;
-    has_reads[x] = 1;
-    reads_pc[x] = access.pc;
-  }
+  for (uint32_t x = address / 4; x < (address + bytes + 3) / 4; ++x) add_read(x, access);
 }
 
 void agent_writes(uint32_t address, uint32_t bytes, const Access& access) {
   if (!is_dynamic(address, bytes)) return;
   for (uint32_t x = address / 4; x < (address + bytes + 3) / 4; ++x) {
-    if (has_reads[x] == 0) continue;
-    const uint32_t* last = reads + static_cast<size_t>(x) * agents;
-    for (int i = 0; i < agents; ++i) {
-      if (last[i] > (*access.known)[i]) {
-        report(x * 4, "write", access, kUnordered, "read", i, reads_pc[x]);
-      }
-    }
+    check_reads(x, access);
     // A write of two bytes says nothing of the other two.
-    if (bytes >= 4) has_reads[x] = 0;
+    if (bytes >= 4) reads[x] = {};
   }
   for (uint32_t x = address / 2; x < (address + bytes) / 2; ++x) {
     check_write(x, "write", access);

@@ -44,7 +44,7 @@ def object_of(source: Path, kernels: Path, target: Path) -> Path:
     out = target / f"{source.stem}.o"
     if source.suffix == ".cc":
         # The kernels' headers are not held to the warnings.
-        options = ["-O2", *WARNINGS, "-isystem", kernels]
+        options = ["-O3", *WARNINGS, "-isystem", kernels]
     else:
         options = ["-O1", "-w", "-x", "c++", "-include", HERE / "before_kernels.h", "-I", kernels]
     run([*CXX, *FLAGS, *options, "-I", HERE, "-c", source, "-o", out])
@@ -64,7 +64,7 @@ def caught(mutation: Mutation, objects: list[Path], build: Path) -> str:
     mutant = object_of(folder / "mutant.cu", folder, folder)
     program = link([mutant, *objects], folder / "forward_test")
     done = subprocess.run(
-        [program, "0", "1", "16", mutation.kernel],
+        [program, "0", "1", "60", mutation.kernel],
         capture_output=True,
         text=True,
         env=os.environ | {"MLSTM_TEST_SEED": "1"},
