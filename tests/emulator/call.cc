@@ -1,7 +1,6 @@
 #include "call.h"
 
 #include <algorithm>
-#include <utility>
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -290,6 +289,19 @@ TensorMap Call::vectors_map(int64_t from, int64_t to) const {
 
 const float* Call::vectors(int64_t chunk, int64_t head) const {
   return args.packed + (chunk * p.nh + head) * kPackedFloats;
+}
+
+Array Call::dense_h() const {
+  Array out(p.type, h.count());
+  for (int64_t b = 0; b < p.b; ++b) {
+    for (int64_t head = 0; head < p.nh; ++head) {
+      for (int64_t t = 0; t < p.s; ++t) {
+        const int64_t from = place(b, head, t, p.dhhv), to = token(b, head, t) * p.dhhv;
+        for (int64_t d = 0; d < p.dhhv; ++d) out.set(to + d, h.get(from + d));
+      }
+    }
+  }
+  return out;
 }
 
 void Call::make_chunk_table() {

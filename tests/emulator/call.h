@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda.h"
@@ -38,6 +39,7 @@ class Array {
   Array() = default;
   Array(mlstm::DType type, int64_t count);
   Array(const Array&) = delete;
+  Array(Array&& other) { *this = std::move(other); }
   Array& operator=(Array&& other);
   ~Array();
 
@@ -98,9 +100,10 @@ struct Call {
   void forward(const std::string& kernel);
 
   const float* vectors(int64_t chunk, int64_t head) const;
+  // h as (B, NH, S, DHHV).
+  Array dense_h() const;
 
  private:
-  Array workspace(mlstm::DType type, int64_t count);
   void make_inputs(Random& random);
   void make_args();
   void make_workspace();

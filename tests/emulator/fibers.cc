@@ -23,70 +23,21 @@
 namespace emu {
 namespace {
 
-// ---- switching stacks
-
 constexpr size_t kStackBytes = 256 * 1024;
 unsigned char* stacks = nullptr;
 
-void run_thread();
-
-#ifdef __x86_64__
-// swapcontext asks the kernel for the signal mask each time, which takes most of a run's time.
-asm(R"(
-.text
-emu_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
-extern "C" void emu_switch(void** save, void* to);
-
-using Context = void*;
-void prepare(Context& context, unsigned char* stack) {
-  auto top = reinterpret_cast<uint64_t*>(stack + kStackBytes);
-  *--top = 0;  // where a call would have its return address
-  *--top = reinterpret_cast<uint64_t>(&run_thread);
-  for (int saved = 0; saved < 6; ++saved) *--top = 0;
-  context = top;
-}
-void switch_to(Context& from, Context& to) { emu_switch(&from, to); }
-#else
-using Context = ucontext_t;
-void prepare(Context& context, unsigned char* stack) {
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = kStackBytes;
-  makecontext(&context, run_thread, 0);
-}
-void switch_to(Context& from, Context& to) { swapcontext(&from, &to); }
-#endif
-
-// ---- threads
-
 struct Thread {
-  Context context;
+  ucontext_t context;
   bool done = true;
   const Condition* waits = nullptr;
   void* pc = nullptr;
 };
 std::vector<Thread> all;
-Context scheduler;
+ucontext_t scheduler;
 const std::function<void()>* body;
 std::mt19937_64 generator;
 
-void to_scheduler() { switch_to(all[current].context, scheduler); }
+void to_scheduler() { swapcontext(&all[current].context, &scheduler); }
 
 void run_thread() {
   (*body)();
@@ -96,6 +47,15 @@ void run_thread() {
   end_of_thread_barriers();
   to_scheduler();
   abort();
+}
+
+void prepare(Thread& thread, unsigned char* stack) {
+  thread.done = false;
+  thread.waits = nullptr;
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = stack;
+  thread.context.uc_stack.ss_size = kStackBytes;
+  makecontext(&thread.context, run_thread, 0);
 }
 
 // ---- deadlocks
@@ -142,7 +102,7 @@ bool run_warp(int warp) {
     all[t].waits = nullptr;
     current = t;
     threadIdx.x = static_cast<unsigned>(t);
-    switch_to(scheduler, all[t].context);
+    swapcontext(&scheduler, &all[t].context);
     any = true;
   }
   current = -1;
@@ -160,11 +120,7 @@ void start_block(unsigned block) {
   warps_start();
   copies_start();
   wgmma_start();
-  for (int t = 0; t < threads; ++t) {
-    all[t].done = false;
-    all[t].waits = nullptr;
-    prepare(all[t].context, stacks + t * kStackBytes);
-  }
+  for (int t = 0; t < threads; ++t) prepare(all[t], stacks + t * kStackBytes);
 }
 
 void run_block(unsigned block) {

@@ -57,8 +57,8 @@ MUTATIONS = [
     Mutation(
         "an arrival too few expected",
         "forward_block_sm90.cuh",
-        "barrier_init(bar(kQueryEmpty, stage), 1 + Shape::kWgs);",
-        "barrier_init(bar(kQueryEmpty, stage), Shape::kWgs);",
+        "barrier_init(bar(kKeyEmpty, stage), Shape::kKeyReleases);",
+        "barrier_init(bar(kKeyEmpty, stage), Shape::kKeyReleases - 1);",
         "race: write",
     ),
     Mutation(

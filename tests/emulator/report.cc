@@ -45,14 +45,20 @@ std::string place(void* pc) {
 void fail(const std::string& message) {
   static bool failing = false;
   fflush(stdout);
-  fprintf(stderr, "\nemulator: %s\n", message.c_str());
+  fprintf(stderr, "\nemulator: %s%s", message.c_str(), message.ends_with('\n') ? "" : "\n");
   if (current >= 0) {
     fprintf(stderr, "  kernel %s, block %u, thread %d (warp %d, lane %d), turn %llu\n", kernel_name,
             blockIdx.x, current, current / 32, current % 32, static_cast<unsigned long long>(turn));
     void* frames[12];
     const int count = failing ? 0 : backtrace(frames, 12);
     failing = true;
-    for (int x = 1; x < count; ++x) fputs(place(frames[x]).c_str(), stderr);
+    for (int x = 1; x < count; ++x) {
+      // The kernel's own frames, if their names are known.
+      const std::string lines = place(frames[x]);
+      if (lines.find(".cc:") == lines.npos && lines.find(".h:") == lines.npos) {
+        fputs(lines.c_str(), stderr);
+      }
+    }
   }
   fprintf(stderr, "%s\n", running.c_str());
   _exit(1);
