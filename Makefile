@@ -40,7 +40,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 	@echo
 	@echo 'Variables: PREFIX DESTDIR LIBDIR INCLUDEDIR (install), CC CXX PYTHON CARGO, FUZZ_SECONDS,'
-	@echo '  CPU=1 (no CUDA kernels), NVCC, CUDA_HOME'
+	@echo '  EMULATOR_CASES, CPU=1 (no CUDA kernels), NVCC, CUDA_HOME'
 
 # ---- Building ---------------------------------------------------------------------------------
 

@@ -24,6 +24,9 @@ Gates next_gates(const Problem& p, double i, double f, double& m) {
   return {kept - m, i - m};
 }
 
+// So that errors of m count against 1 + |m|.
+double terms_of_m(double m) { return 8 * (1 + std::fabs(m)); }
+
 // One head of a row, along its tokens.
 struct Head {
   const Call& call;
@@ -90,7 +93,7 @@ struct Head {
     out.n.value[index] = dot;
     out.n.terms[index] = dot_terms;
     out.m.value[index] = m;
-    out.m.terms[index] = 8 * (1 + std::fabs(m));
+    out.m.terms[index] = terms_of_m(m);
   }
 
   void finish() {
@@ -103,7 +106,7 @@ struct Head {
     };
     put(out.c_last, c, c_terms);
     put(out.n_last, n, n_terms);
-    put(out.m_last, {m}, {8 * (1 + std::fabs(m))});
+    put(out.m_last, {m}, {terms_of_m(m)});
   }
 };
 
