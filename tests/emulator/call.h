@@ -44,7 +44,6 @@ class Array {
   ~Array();
 
   void* data() const { return data_; }
-  mlstm::DType type() const { return type_; }
   int64_t count() const { return count_; }
   double get(int64_t index) const;
   void set(int64_t index, double x);
@@ -93,8 +92,7 @@ struct Call {
   int64_t token(int64_t b, int64_t head, int64_t t) const { return (b * p.nh + head) * p.s + t; }
 
   void make_chunk_table();
-  // The vectors of all chunks, by a kernel for a sequence's so many chunks, or by three kernels
-  // (0).
+  // The vectors of all chunks, by the kernel of this name, or by three ("").
   void make_vectors(const std::string& whole);
   void make_segment_states();
   void forward(const std::string& kernel);

@@ -76,29 +76,27 @@ struct alignas(4) __half2 {
   __half x, y;
 };
 inline float __bfloat162float(__nv_bfloat16 b) { return emu::bf16_float(b.x); }
-inline __nv_bfloat16 __float2bfloat16(float f) { return {emu::float_bf16(f)}; }
-inline __nv_bfloat16 __float2bfloat16_rn(float f) { return __float2bfloat16(f); }
-inline __nv_bfloat16 __double2bfloat16(double d) { return __float2bfloat16(static_cast<float>(d)); }
+inline __nv_bfloat16 __float2bfloat16_rn(float f) { return {emu::float_bf16(f)}; }
+inline __nv_bfloat16 __double2bfloat16(double d) {
+  return __float2bfloat16_rn(static_cast<float>(d));
+}
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 b) { return b.x; }
 inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t x) { return {x}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
-  return {__float2bfloat16(x), __float2bfloat16(y)};
-}
-inline float2 __bfloat1622float2(__nv_bfloat162 b) {
-  return {__bfloat162float(b.x), __bfloat162float(b.y)};
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
 inline float __half2float(__half h) { return emu::f16_float(h.x); }
-inline __half __float2half(float f) { return {emu::float_f16(f)}; }
-inline __half __float2half_rn(float f) { return __float2half(f); }
-inline __half __double2half(double d) { return __float2half(static_cast<float>(d)); }
+inline __half __float2half_rn(float f) { return {emu::float_f16(f)}; }
+inline __half __double2half(double d) { return __float2half_rn(static_cast<float>(d)); }
 inline uint16_t __half_as_ushort(__half h) { return h.x; }
 inline __half __ushort_as_half(uint16_t x) { return {x}; }
-inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
+}
 inline float2 __half22float2(__half2 h) { return {__half2float(h.x), __half2float(h.y)}; }
 
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline float __int_as_float(int32_t x) { return std::bit_cast<float>(x); }
-inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline int32_t __float_as_int(float x) { return std::bit_cast<int32_t>(x); }
 inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
 inline int __float2int_rd(float x) { return static_cast<int>(std::floor(x)); }

@@ -189,10 +189,9 @@ void launch(const char* name, int64_t blocks, int threads_of_block, uint32_t sha
   if (threads > kMaxThreads) fail(text("a block of %d threads", threads));
   if (shared_bytes > kMaxShared) fail(text("%u bytes of shared memory in a block", shared_bytes));
   blockDim.x = static_cast<unsigned>(threads);
-  gridDim.x = static_cast<unsigned>(blocks);
   body = &kernel;
   shared_size(shared_bytes);
-  for (unsigned block = 0; block < gridDim.x; ++block) run_block(block);
+  for (int64_t block = 0; block < blocks; ++block) run_block(static_cast<unsigned>(block));
 }
 
 }  // namespace emu

@@ -9,7 +9,7 @@
 struct EmulatedIndex {
   unsigned x;
 };
-inline EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;
+inline EmulatedIndex threadIdx, blockIdx, blockDim;
 
 namespace emu {
 
