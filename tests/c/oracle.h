@@ -16,6 +16,10 @@ struct oracle {
   /* What the sums above would be without cancellation, by which rounding errors grow: each term's
    * absolute value in place of the term; the states' begin as the absolute values of the states. */
   double *h_terms, *c_terms, *n_terms, *m_terms;
+  /* N with its terms, and m, of each token (s); or NULL. */
+  double *token_n, *token_n_terms, *token_m;
+  /* h is not divided by the denominator (sigmoid gate). */
+  int unnormalized;
 };
 
 /* Returns a number that tells which side of the denominator's maximum each token was on. */

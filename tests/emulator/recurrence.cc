@@ -3,14 +3,13 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../c/oracle.h"
+
 using namespace mlstm;
 
 namespace {
 
 double logsigmoid(double x) { return std::fmin(x, 0.0) - std::log1p(std::exp(-std::fabs(x))); }
-
-// A factor of zero forgets what it multiplies, NaN included.
-double keep(double factor, double x) { return factor == 0 ? 0 : factor * x; }
 
 // A token's decay of the state and gain of k v^T, both as logarithms; m goes on.
 struct Gates {
@@ -27,88 +26,72 @@ Gates next_gates(const Problem& p, double i, double f, double& m) {
 // So that errors of m count against 1 + |m|.
 double terms_of_m(double m) { return 8 * (1 + std::fabs(m)); }
 
-// One head of a row, along its tokens.
-struct Head {
-  const Call& call;
-  Outputs& out;
+// Some consecutive numbers.
+using Numbers = std::vector<double>;
+Numbers numbers(const Array& from, int64_t first, int64_t count) {
+  Numbers out(static_cast<size_t>(count));
+  for (int64_t x = 0; x < count; ++x) out[x] = from.get(first + x);
+  return out;
+}
+// A sequence of one head: a tensor's `d` numbers of each token.
+Numbers sequence(const Call& call, const Array& from, int64_t row, int64_t head, int64_t d) {
+  Numbers out;
+  for (int64_t t = 0; t < call.length(row); ++t) {
+    const int64_t at = call.place(call.batch(row), head, call.first(row) + t, d);
+    for (double x : numbers(from, at, d)) out.push_back(x);
+  }
+  return out;
+}
+void put(Expected& to, int64_t first, const Numbers& values, const Numbers& terms) {
+  std::copy(values.begin(), values.end(), to.value.begin() + first);
+  std::copy(terms.begin(), terms.end(), to.terms.begin() + first);
+}
+
+void add_head(Outputs& out, const Call& call, int64_t row, int64_t head) {
   const Problem& p = call.p;
-  int64_t row, head;
-  std::vector<double> c, c_terms, n, n_terms;
-  double m = 0;
-
-  Head(const Call& call_, Outputs& out_, int64_t row_, int64_t head_)
-      : call(call_), out(out_), row(row_), head(head_) {
-    const int64_t index = row * p.nh + head, matrix = p.dhqk * p.dhhv;
-    const auto start = [&](const Array& state, int64_t count) {
-      std::vector<double> values(static_cast<size_t>(count), 0.0);
-      for (int64_t x = 0; p.initial && x < count; ++x) values[x] = state.get(index * count + x);
-      return values;
-    };
-    const auto sizes = [](std::vector<double> values) {
-      for (double& x : values) x = std::fabs(x);
-      return values;
-    };
-    c = start(call.initial.c, matrix);
-    n = start(call.initial.n, p.dhqk);
-    c_terms = sizes(c);
-    n_terms = sizes(n);
-    if (p.initial && p.exponential) m = call.initial.m.get(index);
-  }
-
-  void token(int64_t t) {
-    const int64_t b = call.batch(row), index = call.token(b, head, t);
-    const Gates gates = next_gates(p, call.i.get(index), call.f.get(index), m);
-    const double decay = std::exp(gates.step), gain = std::exp(gates.source);
-    const int64_t at_k = call.place(b, head, t, p.dhqk), at_v = call.place(b, head, t, p.dhhv);
-    const auto width = static_cast<size_t>(p.dhhv);
-    std::vector<double> v(width), sum(width, 0.0), terms(width, 0.0);
-    for (size_t e = 0; e < width; ++e) v[e] = call.v.get(at_v + static_cast<int64_t>(e));
-    double dot = 0, dot_terms = 0;
-    for (int64_t d = 0; d < p.dhqk; ++d) {
-      const double q = call.args.qk_scale * call.q.get(at_k + d);
-      const double k = gain * call.k.get(at_k + d);
-      n[d] = keep(decay, n[d]) + k;
-      n_terms[d] = keep(decay, n_terms[d]) + std::fabs(k);
-      dot += q * n[d];
-      dot_terms += std::fabs(q) * n_terms[d];
-      double *own = &c[d * p.dhhv], *own_terms = &c_terms[d * p.dhhv];
-      for (size_t e = 0; e < width; ++e) {
-        const double added = k * v[e];
-        own[e] = keep(decay, own[e]) + added;
-        own_terms[e] = keep(decay, own_terms[e]) + std::fabs(added);
-        sum[e] += q * own[e];
-        terms[e] += std::fabs(q) * own_terms[e];
-      }
-    }
-    const double floor = p.exponential ? std::exp(-m) : 1;
-    const double larger = std::isnan(dot) ? dot : std::fmax(std::fabs(dot), floor);
-    const double inverse = p.normalize ? 1 / (larger + call.args.eps) : 1;
-    for (size_t e = 0; e < width; ++e) {
-      const double h = keep(inverse, sum[e]);
-      // The denominator's errors count where it is not the floor.
-      const double more = p.normalize && std::fabs(dot) > floor ? std::fabs(h) * dot_terms : 0;
-      out.h.value[index * p.dhhv + e] = h;
-      out.h.terms[index * p.dhhv + e] = keep(inverse, terms[e] + more);
-    }
-    out.n.value[index] = dot;
-    out.n.terms[index] = dot_terms;
-    out.m.value[index] = m;
-    out.m.terms[index] = terms_of_m(m);
-  }
-
-  void finish() {
-    const int64_t index = row * p.nh + head;
-    const auto put = [&](Expected& to, const std::vector<double>& x,
-                         const std::vector<double>& terms) {
-      std::copy(x.begin(), x.end(), to.value.begin() + index * static_cast<int64_t>(x.size()));
-      std::copy(terms.begin(), terms.end(),
-                to.terms.begin() + index * static_cast<int64_t>(x.size()));
-    };
-    put(out.c_last, c, c_terms);
-    put(out.n_last, n, n_terms);
-    put(out.m_last, {m}, {terms_of_m(m)});
-  }
-};
+  const int64_t index = row * p.nh + head, matrix = p.dhqk * p.dhhv, length = call.length(row);
+  const int64_t first = call.token(call.batch(row), head, call.first(row));
+  const auto state = [&](const Array& array, int64_t count) {
+    if (!p.initial) return Numbers(static_cast<size_t>(count), 0.0);
+    return numbers(array, index * count, count);
+  };
+  const auto sizes = [](Numbers values) {
+    for (double& x : values) x = std::fabs(x);
+    return values;
+  };
+  Numbers q = sequence(call, call.q, row, head, p.dhqk),
+          k = sequence(call, call.k, row, head, p.dhqk);
+  Numbers v = sequence(call, call.v, row, head, p.dhhv), h(v.size()), h_terms(v.size());
+  Numbers i = numbers(call.i, first, length), f = numbers(call.f, first, length);
+  Numbers n(i.size()), n_terms(i.size()), m(i.size());
+  Numbers c_state = state(call.initial.c, matrix), c_terms = sizes(c_state);
+  Numbers n_state = state(call.initial.n, p.dhqk), n_state_terms = sizes(n_state);
+  Numbers m_state = p.exponential ? state(call.initial.m, 1) : Numbers{0.0}, m_state_terms = {0.0};
+  oracle o = {};
+  o.s = static_cast<int>(length);
+  o.dhqk = static_cast<int>(p.dhqk);
+  o.dhhv = static_cast<int>(p.dhhv);
+  o.gate = p.exponential ? MLSTM_GATE_EXP : MLSTM_GATE_SIGMOID;
+  o.unnormalized = !p.normalize;
+  o.eps = call.args.eps;
+  o.q = q.data(), o.k = k.data(), o.v = v.data(), o.i = i.data(), o.f = f.data();
+  o.h = h.data(), o.h_terms = h_terms.data();
+  o.c = c_state.data(), o.c_terms = c_terms.data();
+  o.n = n_state.data(), o.n_terms = n_state_terms.data();
+  o.m = m_state.data(), o.m_terms = m_state_terms.data();
+  o.token_n = n.data(), o.token_n_terms = n_terms.data(), o.token_m = m.data();
+  oracle_run(&o);
+  const auto terms_of = [](Numbers values) {
+    for (double& x : values) x = terms_of_m(x);
+    return values;
+  };
+  put(out.h, first * p.dhhv, h, h_terms);
+  put(out.n, first, n, n_terms);
+  put(out.m, first, m, terms_of(m));
+  put(out.c_last, index * matrix, c_state, c_terms);
+  put(out.n_last, index * p.dhqk, n_state, n_state_terms);
+  put(out.m_last, index, m_state, terms_of(m_state));
+}
 
 }  // namespace
 
@@ -123,9 +106,7 @@ Outputs recurrence(const Call& call) {
       {heads * p.dhqk, p.dhqk},  {heads, 1}};
   for (int64_t row = 0; row < call.rows; ++row) {
     for (int64_t head = 0; head < p.nh; ++head) {
-      Head one(call, out, row, head);
-      for (int64_t t = 0; t < call.length(row); ++t) one.token(call.first(row) + t);
-      one.finish();
+      add_head(out, call, row, head);
     }
   }
   return out;

@@ -18,6 +18,8 @@ from translate import translate
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
+INCLUDE = HERE.parents[1] / "include"
+ORACLE = HERE.parent / "c" / "oracle.c"
 CORES = min(len(os.sched_getaffinity(0)), 16)  # each takes some 200 MB
 
 # Shared variables have addresses of 32 bits: the program must be linked where they do.
@@ -42,9 +44,9 @@ def run(command: list) -> None:
 def object_of(source: Path, kernels: Path, target: Path) -> Path:
     """Compiles a file of this folder, or a translated one of a folder of kernels."""
     out = target / f"{source.stem}.o"
-    if source.suffix == ".cc":
+    if source.suffix in (".c", ".cc"):
         # The kernels' headers are not held to the warnings.
-        options = ["-O3", *WARNINGS, "-isystem", kernels]
+        options = ["-O3", *WARNINGS, "-x", "c++", "-isystem", kernels, "-I", INCLUDE]
     else:
         options = ["-O1", "-w", "-x", "c++", "-include", HERE / "before_kernels.h", "-I", kernels]
     run([*CXX, *FLAGS, *options, "-I", HERE, "-c", source, "-o", out])
@@ -86,7 +88,7 @@ def main() -> None:
     translate(KERNELS, kernels)
     with ThreadPoolExecutor(CORES) as pool:
         say("compiling")
-        sources = [kernels / name for name in TESTED] + sorted(HERE.glob("*.cc"))
+        sources = [kernels / name for name in TESTED] + [ORACLE, *sorted(HERE.glob("*.cc"))]
         objects = list(pool.map(lambda source: object_of(source, kernels, build), sources))
         program = link(objects, build / "forward_test")
 
