@@ -141,24 +141,24 @@ static unsigned solve(const struct world* w, double* const array[]) {
       int to = w->cu_seqlens ? w->cu_seqlens[row + 1] : z.s;
       size_t token = (size_t)(((w->cu_seqlens ? 0 : row) * z.nh + head) * z.s + from);
       size_t state = (size_t)(row * z.nh + head), qk = (size_t)z.dhqk, hv = (size_t)z.dhhv;
-      struct oracle o = {to - from,
-                         z.dhqk,
-                         z.dhhv,
-                         w->gate,
-                         1e-6,
-                         array[Q] + token * qk,
-                         array[K] + token * qk,
-                         array[V] + token * hv,
-                         array[I] + token,
-                         array[F] + token,
-                         array[H] + token * hv,
-                         array[C_LAST] + state * qk * hv,
-                         array[N_LAST] + state * qk,
-                         array[M_LAST] + state,
-                         w->terms[H] + token * hv,
-                         w->terms[C_LAST] + state * qk * hv,
-                         w->terms[N_LAST] + state * qk,
-                         w->terms[M_LAST] + state};
+      struct oracle o = {.s = to - from,
+                         .dhqk = z.dhqk,
+                         .dhhv = z.dhhv,
+                         .gate = w->gate,
+                         .eps = 1e-6,
+                         .q = array[Q] + token * qk,
+                         .k = array[K] + token * qk,
+                         .v = array[V] + token * hv,
+                         .i = array[I] + token,
+                         .f = array[F] + token,
+                         .h = array[H] + token * hv,
+                         .c = array[C_LAST] + state * qk * hv,
+                         .n = array[N_LAST] + state * qk,
+                         .m = array[M_LAST] + state,
+                         .h_terms = w->terms[H] + token * hv,
+                         .c_terms = w->terms[C_LAST] + state * qk * hv,
+                         .n_terms = w->terms[N_LAST] + state * qk,
+                         .m_terms = w->terms[M_LAST] + state};
       sides = sides * 31 + oracle_run(&o);
     }
   }
