@@ -135,25 +135,24 @@ fn scaled(factor: f64, value: f64) -> f64 {
     if factor == 0.0 { 0.0 } else { factor * value }
 }
 
-/// (s q^T C, N, den) of a token; den without eps, 1 without a normaliser.
-fn read_out(cell: &Cell, state: &State, q: &[f64], dhhv: usize) -> (Vec<f64>, f64, f64) {
+/// (s q^T C, N) of a token.
+fn read_out(cell: &Cell, state: &State, q: &[f64], dhhv: usize) -> (Vec<f64>, f64) {
     let mut numerator = vec![0.0; dhhv];
     for (row, qd) in state.c.chunks(dhhv).zip(q) {
         for (sum, c) in numerator.iter_mut().zip(row) {
             *sum += cell.qk_scale * qd * c;
         }
     }
-    let n = cell.qk_scale * dot(q, &state.n);
-    let den = match cell.gate {
-        Gate::Exponential => n.abs().max((-state.m).exp()),
-        Gate::Sigmoid { normalize: true } => n.abs().max(1.0),
-        Gate::Sigmoid { normalize: false } => 1.0,
-    };
-    (numerator, n, den)
+    (numerator, cell.qk_scale * dot(q, &state.n))
 }
 
-fn divisor(cell: &Cell, den: f64) -> f64 {
-    if cell.gate.has_normalizer() { den + cell.eps } else { 1.0 }
+/// What a token's h is divided by, by its N and m: eps is in it. 1 without a normaliser.
+pub fn denominator(cell: &Cell, n: f64, m: f64) -> f64 {
+    match cell.gate {
+        Gate::Exponential => n.abs().max((-m).exp()) + cell.eps,
+        Gate::Sigmoid { normalize: true } => n.abs().max(1.0) + cell.eps,
+        Gate::Sigmoid { normalize: false } => 1.0,
+    }
 }
 
 /// Runs the recurrence, returning the result and all S + 1 states.
@@ -169,8 +168,9 @@ fn run(cell: &Cell, sequence: &Sequence) -> (Forward, Vec<State>) {
         let v = &sequence.v[t * dhhv..][..dhhv];
         let gates = token(cell, sequence.i[t], sequence.f[t], out.last.m);
         let next = update(&out.last, &gates, k, v);
-        let (numerator, n, den) = read_out(cell, &next, q, dhhv);
-        out.h.extend(numerator.iter().map(|x| x / divisor(cell, den)));
+        let (numerator, n) = read_out(cell, &next, q, dhhv);
+        let den = denominator(cell, n, next.m);
+        out.h.extend(numerator.iter().map(|x| x / den));
         out.n.push(n);
         out.m.push(next.m);
         states.push(next.clone());
@@ -210,8 +210,7 @@ pub fn backward(cell: &Cell, sequence: &Sequence, incoming: &Incoming) -> Gradie
         let gates = token(cell, sequence.i[t], sequence.f[t], before.m);
 
         let dn_scalar = read_out_backward(cell, after, out.n[t], dot(dh, h), &mut d.m);
-        let (_, _, den) = read_out(cell, after, q, dhhv);
-        let scale = cell.qk_scale / divisor(cell, den);
+        let scale = cell.qk_scale / denominator(cell, out.n[t], after.m);
         let (dq, dk) = (&mut grad.dq[t * dhqk..][..dhqk], &mut grad.dk[t * dhqk..][..dhqk]);
         for x in 0..dhqk {
             let (c_row, d_row) = (&after.c[x * dhhv..][..dhhv], &mut d.c[x * dhhv..][..dhhv]);
@@ -269,7 +268,7 @@ fn read_out_backward(cell: &Cell, state: &State, n: f64, dh_h: f64, dm: &mut f64
         }
         Gate::Exponential => {
             let floor = (-state.m).exp();
-            let d_den = -dh_h / (n.abs().max(floor) + cell.eps);
+            let d_den = -dh_h / denominator(cell, n, state.m);
             if n.abs() > floor {
                 d_den * n.signum()
             } else {
@@ -279,7 +278,7 @@ fn read_out_backward(cell: &Cell, state: &State, n: f64, dh_h: f64, dm: &mut f64
             }
         }
         Gate::Sigmoid { normalize: true } if !cell.detach_denominator && n.abs() > 1.0 => {
-            -dh_h / (n.abs() + cell.eps) * n.signum()
+            -dh_h / denominator(cell, n, state.m) * n.signum()
         }
         Gate::Sigmoid { .. } => 0.0,
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use mlstm::ffi::*;
-use mlstm::reference::{self, Cell, Forward, Gradients, Incoming, Sequence, State};
+use mlstm::reference::{self, Cell, Forward, Gradients, Incoming, Sequence, State, denominator};
 use mlstm::{DType, Gate};
 
 use super::case::Setup;
@@ -404,11 +404,6 @@ impl<'a> Run<'a> {
             }
         }
     }
-}
-
-fn denominator(cell: &Cell, n: f64, m: f64) -> f64 {
-    let floor = if cell.gate == Gate::Exponential { (-m).exp() } else { 1.0 };
-    n.abs().max(floor) + cell.eps
 }
 
 fn magnitude(a: &[f64], b: &[f64]) -> f64 {

@@ -3,7 +3,6 @@
 use std::cell::Cell as StdCell;
 
 use crate::cpu::reference::{self, Cell, Forward, Sequence};
-use crate::problem::Gate;
 use crate::tensor::{DType, View};
 use crate::workspace::Workspace;
 
@@ -267,14 +266,9 @@ pub(super) fn magnitudes(sequence: &Sequence) -> Sequence {
 /// relative to them, whatever is left of their sums.
 pub(super) fn terms_of_h(cell: &Cell, sequence: &Sequence, forward: &Forward) -> Vec<f64> {
     let terms = reference::forward(cell, &magnitudes(sequence));
-    let den = |n: f64, m: f64| match cell.gate {
-        Gate::Exponential => n.abs().max((-m).exp()) + cell.eps,
-        Gate::Sigmoid { normalize: true } => n.abs().max(1.0) + cell.eps,
-        Gate::Sigmoid { normalize: false } => 1.0,
-    };
     let each = |(at, (h, numerator)): (usize, (&f64, &f64))| {
         let (n, m) = (at / sequence.dhhv, forward.m[at / sequence.dhhv]);
-        let (own, all) = (den(forward.n[n], m), den(terms.n[n], m));
+        let [own, all] = [&forward, &&terms].map(|it| reference::denominator(cell, it.n[n], m));
         let denominator = if cell.gate.has_normalizer() { h.abs() * terms.n[n] } else { 0.0 };
         if own.is_finite() { (numerator * all + denominator) / own } else { 0.0 }
     };

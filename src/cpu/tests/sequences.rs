@@ -248,14 +248,12 @@ struct Errors {
     initial: [Error; 3],
     /// Rounding errors of one token's N, relative to its denominator, in units of the type's.
     condition: f64,
-    /// Least distance of a token's |N| from its floor, where the gradient jumps, in rounding errors.
-    kink: f64,
 }
 
 impl Errors {
     /// Where the terms of N cancel, its rounding errors are large beside the denominator; h and the
     /// gradients cannot be better than that, whoever computes them.
-    fn note_condition(&mut self, cell: &Cell, sequence: &Sequence, forward: &Forward, unit: f64) {
+    fn note_condition(&mut self, cell: &Cell, sequence: &Sequence, forward: &Forward) {
         if !cell.gate.has_normalizer() {
             return;
         }
@@ -264,8 +262,6 @@ impl Errors {
             let den = n.abs().max((-m).exp());
             if den.is_finite() && den > 0.0 {
                 self.condition = self.condition.max(sum / den);
-                let distance = (n.abs() - (-m).exp()).abs() / (sum + (-m).exp());
-                self.kink = self.kink.min(distance / unit);
             }
         }
     }
@@ -279,44 +275,85 @@ fn state_of(buffers: [&Buffer; 3], row: usize, head: usize, p: &Problem) -> Stat
     }
 }
 
-fn compare(case: &Case, d: &Data, r: &Results) -> Errors {
-    let p = &d.problem;
-    let cell = Cell {
+fn cell_of(p: &Problem) -> Cell {
+    Cell {
         gate: p.gate,
         qk_scale: p.qk_scale,
         eps: p.eps,
         detach_denominator: p.detach_denominator,
-    };
+    }
+}
+
+/// The batch row, first token and length of a row of states.
+fn place_of(case: &Case, p: &Problem, row: usize) -> (usize, usize, usize) {
+    match &case.offsets {
+        Some(offsets) => (0, offsets[row] as usize, (offsets[row + 1] - offsets[row]) as usize),
+        None => (row, 0, p.s as usize),
+    }
+}
+
+fn sequence_of(case: &Case, d: &Data, row: usize, head: usize) -> Sequence {
+    let p = &d.problem;
+    let (batch, start, len) = place_of(case, p, row);
+    let at = [batch, head, start];
+    let tokens = |b: &Buffer| (0..len).map(|t| b.get(&[batch, head, start + t])).collect();
+    let (dhqk, dhhv) = (p.dhqk as usize, p.dhhv as usize);
+    Sequence {
+        dhqk,
+        dhhv,
+        q: d.q.rows(&at, 2, len),
+        k: d.k.rows(&at, 2, len),
+        v: d.v.rows(&at, 2, len),
+        i: tokens(&d.i),
+        f: tokens(&d.f),
+        initial: if case.states {
+            state_of([&d.c0, &d.n0, &d.m0], row, head, p)
+        } else {
+            State::zero(dhqk, dhhv)
+        },
+    }
+}
+
+/// Whether a token's |N| is within rounding of its floor, where the gradient jumps.
+fn is_on_kink(case: &Case, d: &Data) -> bool {
+    let p = &d.problem;
+    let cell = cell_of(p);
+    let heads =
+        (0..p.state_rows() as usize).flat_map(|row| (0..p.nh as usize).map(move |h| (row, h)));
+    cell.gate.has_normalizer()
+        && heads.into_iter().any(|(row, head)| {
+            let sequence = sequence_of(case, d, row, head);
+            let [own, sums] =
+                [&sequence, &magnitudes(&sequence)].map(|it| reference::forward(&cell, it));
+            own.n.iter().zip(&own.m).zip(&sums.n).any(|((n, m), sum)| {
+                let floor = (-m).exp();
+                (n.abs() - floor).abs() < 8.0 * unit(p.dtype) * (sum + floor)
+            })
+        })
+}
+
+/// Inputs at which rounding does not choose the gradient.
+fn drawn(case: &Case, random: &Random) -> Data {
+    let draws = std::iter::repeat_with(|| data(case, random)).take(20);
+    draws.into_iter().find(|d| !is_on_kink(case, d)).expect("inputs off the kinks")
+}
+
+fn compare(case: &Case, d: &Data, r: &Results) -> Errors {
+    let p = &d.problem;
+    let cell = cell_of(p);
     let (dhqk, dhhv) = (p.dhqk as usize, p.dhhv as usize);
     let m = p.gate.has_stabilizer();
-    let mut errors = Errors { kink: f64::INFINITY, ..Errors::default() };
+    let mut errors = Errors::default();
     for row in 0..p.state_rows() as usize {
-        let (batch, start, len) = match &case.offsets {
-            Some(offsets) => (0, offsets[row] as usize, (offsets[row + 1] - offsets[row]) as usize),
-            None => (row, 0, p.s as usize),
-        };
+        let (batch, start, len) = place_of(case, p, row);
         for head in 0..p.nh as usize {
             let at = [batch, head, start];
             let tokens = |b: &Buffer| -> Vec<f64> {
                 (0..len).map(|t| b.get(&[batch, head, start + t])).collect()
             };
-            let initial = if case.states {
-                state_of([&d.c0, &d.n0, &d.m0], row, head, p)
-            } else {
-                State::zero(dhqk, dhhv)
-            };
-            let sequence = Sequence {
-                dhqk,
-                dhhv,
-                q: d.q.rows(&at, 2, len),
-                k: d.k.rows(&at, 2, len),
-                v: d.v.rows(&at, 2, len),
-                i: tokens(&d.i),
-                f: tokens(&d.f),
-                initial,
-            };
+            let sequence = sequence_of(case, d, row, head);
             let forward = reference::forward(&cell, &sequence);
-            errors.note_condition(&cell, &sequence, &forward, unit(p.dtype));
+            errors.note_condition(&cell, &sequence, &forward);
             errors.h.extend(&r.h.rows(&at, 2, len), &forward.h);
             errors.n.extend(&tokens(&r.n), &forward.n);
             let last = state_of([&r.last[0], &r.last[1], &r.last[2]], row, head, p);
@@ -407,11 +444,6 @@ fn check(case: &Case, errors: &Errors, tolerance: Tolerance) {
         let error = error.relative(size);
         // The states do not pass through the denominator.
         let bound = if name.ends_with("_last") { bound } else { bound.max(cancelled) };
-        // On which side of the floor rounding leaves N is chance, and either gradient right.
-        let jumps = ["dq", "dk", "di", "df", "dn_initial", "dm_initial"].contains(&name);
-        if jumps && errors.kink < 8.0 {
-            continue;
-        }
         assert!(
             error <= bound,
             "{name}: {error:.2e} > {bound:.1e}\n{case:?}\n{}",
@@ -446,7 +478,7 @@ fn tolerance(dtype: DType) -> Tolerance {
 /// Runs a case at every level, and on 1, 2 and 3 threads: all within tolerance, equal bits per
 /// level.
 fn verify(case: &Case, random: &Random, tolerance: Tolerance) {
-    let d = data(case, random);
+    let d = drawn(case, random);
     for &level in Level::available() {
         // The same places for the outputs, so that bytes can be compared.
         let seed = random.bits();
@@ -532,7 +564,7 @@ fn a_huge_input_gate_and_a_row_of_ignored_tokens_are_right() {
         let mut case = Case::new([1, 1, 70, 16, 16], DType::F32);
         case.m_initial = f64::NEG_INFINITY;
         case.states = true;
-        let mut d = data(&case, &random);
+        let mut d = drawn(&case, &random);
         for t in 0..70 {
             if t % 40 == 5 || gate < 0.0 {
                 d.i.set(&[0, 0, t], gate);
@@ -662,7 +694,7 @@ fn zero_stride_gates_and_shared_gradients_are_read_right() {
     let random = Random::new();
     let mut case = Case::new([2, 3, 70, 16, 24], DType::F32);
     case.states = true;
-    let mut d = data(&case, &random);
+    let mut d = drawn(&case, &random);
     for buffer in [&mut d.i, &mut d.f] {
         buffer.expand(1);
         buffer.expand(0);
