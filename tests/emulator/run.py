@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
 INCLUDE = HERE.parents[1] / "include"
 ORACLE = HERE.parent / "c" / "oracle.c"
-CORES = min(len(os.sched_getaffinity(0)), 16)  # each takes some 200 MB
+CORES = min(len(os.sched_getaffinity(0)), 16)  # each run takes some 120 MB
 
 # Shared variables have addresses of 32 bits: the program must be linked where they do.
 FLAGS = "-std=c++20 -g1 -fno-pie -fno-strict-aliasing -fno-omit-frame-pointer".split()
